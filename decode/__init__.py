@@ -1,0 +1,32 @@
+"""The speculative decoding runtime: any transformers causal LM, any drafter, exact by test."""
+
+from decode.cached_model import CachedModel, ModelOutput
+from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
+from decode.draft import Draft
+from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
+from decode.sampling import SamplingBatch, SamplingParams
+from decode.stats import GenerationStats, StepTrace
+from decode.target import Target
+from decode.tokenizers import check_tokenizers, tokenizer_hash
+
+__all__ = [
+    "Acceptance",
+    "AcceptanceRule",
+    "CachedModel",
+    "Context",
+    "Draft",
+    "Drafter",
+    "Exactness",
+    "GenerationResult",
+    "GenerationStats",
+    "ModelOutput",
+    "Request",
+    "SamplingBatch",
+    "SamplingParams",
+    "SpeculativeDecoder",
+    "StepTrace",
+    "Target",
+    "TopLogprobs",
+    "check_tokenizers",
+    "tokenizer_hash",
+]

@@ -1,0 +1,172 @@
+"""Our own key/value cache: preallocated, one slot per sequence, any transformers model takes it.
+
+The cache is ours because ragged batches, trees and rollback are what the runtime is about: each
+sequence writes at its own length, and only the accepted path is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which part of the cache one forward writes and reads.
+
+    Attributes:
+        starts: first position written in each slot: the tokens committed before it.
+        rows: the slots read: a slice where they are neighbours (no copy), else [B] indices.
+        slot: the slot of a single sequence, which is written by slices (several times faster), or
+            None.
+        slots: [B, 1] slots written otherwise, on the cache's device.
+        positions: [B, N] positions written otherwise; what lies behind the end of the cache is
+            padding and goes to the scratch place.
+        num_keys: how many positions are read.
+    """
+
+    starts: list[int]
+    rows: slice | Tensor
+    slot: int | None
+    slots: Tensor | None
+    positions: Tensor | None
+    num_keys: int
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: [slots, heads, max_length + 1, head_dim].
+
+    The last position is scratch for padding.
+    """
+
+    is_sliding = False
+
+    def __init__(self, owner: "SlotCache"):
+        """A layer of `owner`; the tensors are allocated at the first forward."""
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate zeros: masked places must hold numbers, since 0 x NaN is NaN."""
+        shape = (self.owner.num_slots, key_states.shape[1], self.owner.max_length + 1)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        # One view per slot, so that a single sequence costs two narrow() calls and no indexing.
+        self.slots = [
+            (self.keys[slot : slot + 1], self.values[slot : slot + 1])
+            for slot in range(self.owner.num_slots)
+        ]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the window's states [B, H, N, D] and return all that its sequences may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self.owner.window
+        if window.slot is not None:
+            keys, values = self.slots[window.slot]
+            start, width = window.starts[0], key_states.shape[2]
+            keys.narrow(2, start, width).copy_(key_states)
+            values.narrow(2, start, width).copy_(value_states)
+            return keys.narrow(2, 0, window.num_keys), values.narrow(2, 0, window.num_keys)
+        self.keys[window.slots, :, window.positions] = key_states.transpose(1, 2)
+        self.values[window.slots, :, window.positions] = value_states.transpose(1, 2)
+        keys, values = self.keys[window.rows], self.values[window.rows]
+        return keys[:, :, : window.num_keys], values[:, :, : window.num_keys]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys read and their offset; only asked for where no 4-D mask was handed in."""
+        return self.owner.window.num_keys, 0
+
+    def get_seq_length(self) -> int:
+        """Keys before this forward; only asked for where no position ids were handed in."""
+        return self.owner.max_length
+
+    def get_max_length(self) -> int:
+        """Positions per slot."""
+        return self.owner.max_length
+
+
+class SlotCache(Cache):
+    """Keys and values of up to `num_slots` sequences of up to `max_length` tokens.
+
+    Attributes:
+        lengths: committed tokens of each slot whose keys are cached.
+    """
+
+    def __init__(self, *, num_layers: int, num_slots: int, max_length: int):
+        """An empty cache; memory is taken at the first forward."""
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.lengths = [0] * num_slots
+        self.window = Window([], slice(0, 0), None, None, None, 0)
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def open(self, slots: Sequence[int], width: int, device: torch.device) -> Window:
+        """Prepare a forward of `width` tokens behind the committed ones of `slots`."""
+        starts = [self.lengths[slot] for slot in slots]
+        end = max(starts) + width
+        if len(slots) == 1 and end <= self.max_length + 1:
+            slot = slots[0]
+            self.window = Window(starts, slice(slot, slot + 1), slot, None, None, end)
+        else:
+            positions = torch.tensor(starts)[:, None] + torch.arange(width)
+            self.window = Window(
+                starts,
+                _as_slice(slots, device),
+                None,
+                torch.tensor(slots, device=device)[:, None],
+                positions.clamp(max=self.max_length).to(device),
+                min(end, self.max_length + 1),
+            )
+        return self.window
+
+    def commit(
+        self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor | None = None
+    ) -> None:
+        """Keep a part of the last forward's tokens and drop the rest of them.
+
+        Args:
+            slots: the slots of that forward.
+            num_kept: how many tokens of each are kept, root included.
+            path: [B, N] indices of the kept tokens, then anything; None keeps the first ones, as
+                they lie.
+        """
+        for row, (slot, kept) in enumerate(zip(slots, num_kept, strict=True)):
+            start = self.lengths[slot]
+            if path is not None:
+                source = start + path[row, :kept]
+                for layer in self.layers:
+                    for store in (layer.keys, layer.values):
+                        store[slot, :, start : start + kept] = store[slot][:, source]
+            self.lengths[slot] = start + kept
+
+    def truncate(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Roll back: forget all but the first `lengths[b]` tokens of each slot."""
+        for slot, length in zip(slots, lengths, strict=True):
+            self.lengths[slot] = min(self.lengths[slot], length)
+
+    def release(self, slot: int) -> None:
+        """Give a slot back; the next sequence overwrites it."""
+        self.lengths[slot] = 0
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the bookkeeping or the stored numbers cannot be right."""
+        assert min(self.lengths) >= 0, "a slot has a negative length"
+        assert max(self.lengths) <= self.max_length, "a slot is longer than the cache"
+        for layer in self.layers:
+            if layer.is_initialized:
+                assert layer.keys.isfinite().all(), "a cached key is not a number"
+                assert layer.values.isfinite().all(), "a cached value is not a number"
+
+
+def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+    first = slots[0]
+    if list(slots) == list(range(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return torch.tensor(slots, device=device)

@@ -1,0 +1,151 @@
+"""A transformers causal LM, unchanged, over our slot cache: the forward that everything shares."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from decode.cache import SlotCache
+from decode.draft import Draft
+from decode.masks import MaskMaker
+
+ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one forward gave.
+
+    Attributes:
+        logits: [B, N, V], or [B, 1, V] where only the last were asked for.
+        hidden: layer -> [B, N, D]; layer k is the output of k layers, 0 the embeddings.
+    """
+
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+
+class CachedModel:
+    """A causal LM and the keys and values of the sequences it is decoding.
+
+    Masks are 4-D and positions explicit, so that ragged batches, trees and rollback work on the
+    model as transformers ships it.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, num_slots: int, max_length: int | None = None):
+        """Wrap `model` for `num_slots` sequences of up to `max_length` tokens.
+
+        `max_length` defaults to the model's context and is never more.
+
+        Raises:
+            ValueError: the model keeps state that cannot be rolled back, or its attention takes no
+                4-D masks; the message says which and what to do.
+        """
+        config = model.config.get_text_config()
+        refuse_unsupported(model)
+        context = getattr(config, "max_position_embeddings", None) or max_length
+        if context is None:
+            raise ValueError(
+                f"{type(model).__name__} names no max_position_embeddings; give max_length"
+            )
+        self.model = model
+        self.device = model.device
+        self.vocab_size: int = config.vocab_size
+        self.max_length: int = min(context, max_length or context)
+        self.cache = SlotCache(
+            num_layers=config.num_hidden_layers, num_slots=num_slots, max_length=self.max_length
+        )
+        self._masks = {
+            kind: MaskMaker(
+                max_length=self.max_length, window=window, dtype=model.dtype, device=self.device
+            )
+            for kind, window in _windows(config).items()
+        }
+        self._positions = torch.arange(self.max_length + 1, device=self.device)[None]
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self,
+        slots: Sequence[int],
+        tokens: Tensor,
+        *,
+        tree: Draft | None = None,
+        layers: tuple[int, ...] = (),
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Run `tokens` behind what is committed; nothing is committed by it.
+
+        Args:
+            slots: [B] slots of the sequences.
+            tokens: [B, N]; chains, unless `tree` says how they hang together.
+            tree: the draft whose nodes the tokens are.
+            layers: hidden states to return.
+            last_only: only the last token's logits are wanted.
+        """
+        width = tokens.shape[1]
+        window = self.cache.open(slots, width, self.device)
+        starts, num_keys = window.starts, window.num_keys
+        if tree is not None and not tree.is_chain:
+            ancestors = tree.ancestors()
+            depths = ancestors.sum(-1) - 1
+            positions = torch.tensor(starts, device=self.device)[:, None] + depths
+            masks = {
+                kind: maker.tree(starts, ancestors, num_keys) for kind, maker in self._masks.items()
+            }
+        else:
+            positions = (
+                self._positions[:, starts[0] : num_keys]
+                if window.slot is not None
+                else window.positions
+            )
+            masks = {
+                kind: maker.chain(starts, width, num_keys) for kind, maker in self._masks.items()
+            }
+        extra = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=bool(layers),
+            **extra,
+        )
+        hidden = {layer: output.hidden_states[layer] for layer in layers}
+        return ModelOutput(output.logits, hidden)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise ValueError, in one sentence, for models that this runtime cannot decode exactly."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; a causal LM is needed")
+    if not model.can_generate():
+        raise ValueError(f"{name} has no language-model head; load it as a causal LM")
+    kinds = set(getattr(config, "layer_types", None) or ()) - ROLLBACK_LAYERS
+    if kinds or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{name} keeps state that cannot be rolled back after a rejected draft "
+            f"({', '.join(sorted(kinds)) or 'recurrent layers'}); "
+            "speculative decoding needs attention layers only"
+        )
+    attention = config._attn_implementation
+    if attention not in {"eager", "sdpa"}:
+        raise ValueError(
+            f"{name} was loaded with attn_implementation={attention!r}, which takes no 4-D masks; "
+            'load it with attn_implementation="sdpa" or "eager"'
+        )
+
+
+def _windows(config: object) -> dict[str, int | None]:
+    """Sliding window of each kind of layer, None where it sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        uses_window = getattr(config, "use_sliding_window", True) and window is not None
+        return {"sliding_attention" if uses_window else "full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

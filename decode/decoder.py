@@ -1,0 +1,354 @@
+"""The speculative decoding loop: context, propose, verify, accept, truncate, commit, observe."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from decode.acceptance.sampling import SpeculativeSampling
+from decode.cached_model import ModelOutput
+from decode.draft import Draft
+from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter
+from decode.sampling import SamplingBatch, SamplingParams, generator_for
+from decode.stats import GenerationStats, StepTrace
+from decode.stopping import Stopping
+from decode.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        id: names the result, and with `seed` fixes the draws.
+        prompt: token ids, at least one.
+        sampling: how to generate.
+        seed: the run's seed.
+    """
+
+    id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The target's likeliest tokens at each of T output places, at temperature 1.
+
+    Attributes:
+        ids: [T, K] int64, likeliest first.
+        logprobs: [T, K] float32.
+        tail_mass: [T] float32, the probability of all other tokens.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_mass: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """What one request gave.
+
+    Attributes:
+        request_id: of the request.
+        tokens: output ids, EOS included where it was produced.
+        finish_reason: "eos", "stop" (a stop string), "length" (the output limit or the context's
+            end), or "context" (the prompt itself leaves no room: nothing was generated).
+        stats: counts and seconds of this request.
+        steps: one entry per target forward.
+        top_logprobs: where the sampling parameters asked for them.
+    """
+
+    request_id: str
+    tokens: list[int]
+    finish_reason: str
+    stats: GenerationStats
+    steps: list[StepTrace]
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A request in a slot. `room` tokens may still be emitted."""
+
+    request: Request
+    slot: int
+    limit: int
+    sampling: SamplingParams
+    generator: torch.Generator
+    length: int
+    output: list[int] = field(default_factory=list)
+    steps: list[StepTrace] = field(default_factory=list)
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    finish_reason: str | None = None
+
+    @property
+    def room(self) -> int:
+        return self.limit - len(self.output)
+
+
+class SpeculativeDecoder:
+    """Decodes requests with a target and a drafter, as many at a time as the target has slots.
+
+    A finished sequence leaves its slot and the next request takes it: no row waits for the slowest.
+    With `NoDrafter` this is plain autoregressive decoding.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule: AcceptanceRule | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        """Put the three together; `tokenizer` is needed for stop strings only."""
+        self.target = target
+        self.drafter = drafter
+        self.rule = rule or SpeculativeSampling()
+        self.stopping = Stopping(target.eos_token_ids, tokenizer)
+        self._tokens = torch.zeros(target.max_batch_size, target.max_length + 1, dtype=torch.long)
+        self._free = list(range(target.max_batch_size))
+        self._active: list[_Sequence] = []
+        self._synchronize = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
+
+    def generate(self, requests: Iterable[Request]) -> list[GenerationResult]:
+        """All results, in the order of the requests."""
+        requests = list(requests)
+        ids = [request.id for request in requests]
+        if len(set(ids)) != len(ids):
+            repeated = next(name for name, count in Counter(ids).items() if count > 1)
+            raise ValueError(f"request ids must be unique, {repeated!r} occurs more than once")
+        results = {result.request_id: result for result in self.stream(requests)}
+        return [results[name] for name in ids]
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[GenerationResult]:
+        """Results as they are finished; requests are taken as slots become free."""
+        waiting = iter(requests)
+        try:
+            while True:
+                yield from self._admit(waiting)
+                if not self._active:
+                    return
+                self._step()
+                yield from self._retire()
+        finally:  # also where the caller stops listening
+            for sequence in self._active:
+                self._leave(sequence)
+            self._active = []
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        started = self._now()
+        context = self._context()
+        slots = [sequence.slot for sequence in self._active]
+        ready = self._now()
+        draft = self.drafter.propose(context)
+        drafted = self._now()
+        output = self.target.verify(slots, draft, self.drafter.hidden_layers)
+        verified = self._now()
+        acceptance = self.rule.accept(draft, output.logits, context.sampling)
+        acceptance, emitted = self._truncate(draft, acceptance)
+        self._record(draft, acceptance, emitted, output)
+        self.target.commit(slots, draft, acceptance)
+        self.drafter.observe(context, draft, acceptance)
+        self._extend(emitted, acceptance, output)
+        seconds = {
+            "draft": drafted - ready,
+            "verify": verified - drafted,
+            "other": self._now() - verified + ready - started,
+        }
+        for sequence in self._active:
+            for name, value in seconds.items():
+                sequence.stats.seconds[name] += value / len(self._active)
+
+    def _context(self) -> Context:
+        slots = torch.tensor([sequence.slot for sequence in self._active])
+        lengths = torch.tensor([sequence.length for sequence in self._active])
+        return Context(
+            slots=slots,
+            tokens=self._tokens[slots, : int(lengths.max())],
+            lengths=lengths,
+            room=torch.tensor([sequence.room - 1 for sequence in self._active]),
+            hidden={
+                layer: pad_sequence([s.hidden[layer] for s in self._active], batch_first=True)
+                for layer in self.drafter.hidden_layers
+            },
+            sampling=SamplingBatch(
+                tuple(sequence.sampling for sequence in self._active),
+                tuple(sequence.generator for sequence in self._active),
+            ),
+        )
+
+    def _truncate(
+        self, draft: Draft, acceptance: Acceptance
+    ) -> tuple[Acceptance, list[tuple[list[int], str | None]]]:
+        """Cut each path where EOS, a stop string or the limit falls inside it.
+
+        Returns:
+            the acceptance, where a cut path counts as wholly accepted up to the cut, and for each
+            sequence the tokens it emits and why it ends with them (None: it goes on).
+        """
+        on_path = draft.tokens
+        if not draft.is_chain:  # the path of a chain is the chain itself
+            on_path = on_path.gather(1, acceptance.path.clamp(min=0))
+        path_tokens = on_path.tolist()
+        counts = acceptance.num_accepted.tolist()
+        next_tokens = acceptance.next_token.tolist()
+        emitted = []
+        is_cut = False
+        for row, sequence in enumerate(self._active):
+            new = [*path_tokens[row][1 : counts[row] + 1], next_tokens[row]]
+            kept, reason = self.stopping.cut(sequence.output, new, sequence.sampling)
+            if reason is None and len(sequence.output) + kept >= sequence.limit:
+                reason = "length"
+            is_cut |= kept <= counts[row]
+            emitted.append((new[:kept], reason))
+        if not is_cut:
+            return acceptance, emitted
+        kept = torch.tensor([len(new) for new, _ in emitted], device=draft.tokens.device)
+        was_cut = kept <= acceptance.num_accepted
+        return replace(
+            acceptance,
+            num_accepted=torch.minimum(acceptance.num_accepted, kept),
+            num_tried=torch.where(was_cut, kept, acceptance.num_tried),
+        ), emitted
+
+    def _record(
+        self,
+        draft: Draft,
+        acceptance: Acceptance,
+        emitted: list[tuple[list[int], str | None]],
+        output: ModelOutput,
+    ) -> None:
+        """Count the step, and keep log-probabilities where they are wanted."""
+        drafted = (draft.num_nodes - 1).tolist()
+        depths = drafted if draft.is_chain else (draft.depths() * draft.valid).amax(1).tolist()
+        tried = acceptance.num_tried.tolist()
+        accepted = acceptance.num_accepted.tolist()
+        expected = acceptance.expected_accepted
+        for row, sequence in enumerate(self._active):
+            new = emitted[row][0]
+            sequence.stats.add_step(
+                depth=depths[row],
+                num_drafted=drafted[row],
+                num_tried=tried[row],
+                num_accepted=accepted[row],
+                num_emitted=len(new),
+            )
+            sequence.steps.append(StepTrace(drafted[row], accepted[row], len(new)))
+            if expected is not None:
+                sequence.stats.expected_accepted += float(expected[row])
+            if sequence.sampling.top_logprobs:
+                nodes = acceptance.path[row, : len(new)]
+                sequence.logprobs.append(
+                    top_logprobs(output.logits[row, nodes], sequence.sampling.top_logprobs)
+                )
+
+    def _extend(
+        self,
+        emitted: list[tuple[list[int], str | None]],
+        acceptance: Acceptance,
+        output: ModelOutput,
+    ) -> None:
+        """Append the emitted tokens and note who is finished."""
+        for row, (sequence, (new, reason)) in enumerate(zip(self._active, emitted, strict=True)):
+            sequence.output += new
+            sequence.finish_reason = reason
+            end = sequence.length + len(new)
+            self._tokens[sequence.slot, sequence.length : end] = torch.tensor(new)
+            sequence.length = end
+            if output.hidden:
+                nodes = acceptance.path[row, : len(new)]
+                sequence.hidden = {
+                    layer: states[row, nodes] for layer, states in output.hidden.items()
+                }
+
+    @torch.inference_mode()
+    def _admit(self, waiting: Iterator[Request]) -> Iterator[GenerationResult]:
+        """Fill the free slots; requests that do not fit the context are answered at once."""
+        entering = []
+        while self._free:
+            request = next(waiting, None)
+            if request is None:
+                break
+            if len(request.prompt) == 0:
+                raise ValueError(f"request {request.id!r} has an empty prompt; it needs a token")
+            room = self.target.max_length - len(request.prompt)
+            if room < 1:
+                yield GenerationResult(request.id, [], "context", GenerationStats(), [])
+                continue
+            slot = self._free.pop(0)
+            sequence = _Sequence(
+                request=request,
+                slot=slot,
+                limit=min(request.sampling.max_new_tokens, room),
+                sampling=request.sampling,
+                generator=generator_for(request.seed, request.id),
+                length=len(request.prompt),
+            )
+            self._tokens[slot, : sequence.length] = torch.tensor(request.prompt)
+            entering.append(sequence)
+        if not entering:
+            return
+        started = self._now()
+        prompts = [self._tokens[s.slot, : s.length].clone() for s in entering]
+        slots = [sequence.slot for sequence in entering]
+        states = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
+        for sequence, prompt, hidden in zip(entering, prompts, states, strict=True):
+            self.drafter.begin(sequence.slot, prompt, hidden)
+            sequence.hidden = {layer: rows[:0] for layer, rows in hidden.items()}
+        spent = (self._now() - started) / len(entering)
+        for sequence in entering:
+            sequence.stats.seconds["prefill"] += spent
+        # Neighbouring slots are read without a copy, so the batch is kept in slot order.
+        self._active = sorted([*self._active, *entering], key=lambda sequence: sequence.slot)
+
+    def _retire(self) -> Iterator[GenerationResult]:
+        finished = [sequence for sequence in self._active if sequence.finish_reason]
+        self._active = [sequence for sequence in self._active if not sequence.finish_reason]
+        for sequence in finished:
+            self._leave(sequence)
+            logprobs = (
+                TopLogprobs(
+                    torch.cat([part.ids for part in sequence.logprobs]),
+                    torch.cat([part.logprobs for part in sequence.logprobs]),
+                    torch.cat([part.tail_mass for part in sequence.logprobs]),
+                )
+                if sequence.logprobs
+                else None
+            )
+            yield GenerationResult(
+                sequence.request.id,
+                sequence.output,
+                sequence.finish_reason or "length",
+                sequence.stats,
+                sequence.steps,
+                logprobs,
+            )
+
+    def _leave(self, sequence: _Sequence) -> None:
+        self.target.release(sequence.slot)
+        self.drafter.end(sequence.slot)
+        self._free = sorted([*self._free, sequence.slot])
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
+
+
+def top_logprobs(logits: Tensor, k: int) -> TopLogprobs:
+    """The `k` likeliest tokens of each row of `logits` [T, V], on the CPU."""
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
+    tail = (1 - top.values.double().exp().sum(-1)).clamp(min=0).float()
+    return TopLogprobs(top.indices.cpu(), top.values.cpu(), tail.cpu())

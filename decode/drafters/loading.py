@@ -1,0 +1,69 @@
+"""A checkpoint folder becomes a drafter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from decode.drafters.lm import LMDrafter
+from decode.protocols import Drafter
+from decode.target import Target
+from decode.tokenizers import check_tokenizers
+
+
+def load_drafter(
+    folder: str | Path,
+    *,
+    target: Target,
+    draft_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Drafter:
+    """The drafter stored in `folder`, by the family that its `draftsmith.json` names.
+
+    A folder (or hub id) without that file is a plain transformers causal LM.
+
+    Args:
+        folder: what `draftsmith train` or `draftsmith export` wrote, or any causal LM.
+        target: what it drafts for; the drafter takes its dtype and device.
+        draft_length: tokens per draft.
+        tokenizer: the target's; the drafter's own must agree with it.
+
+    Raises:
+        ValueError: unknown family, unreadable checkpoint, or another tokenizer; the message names
+            the folder and the difference.
+    """
+    card = Path(folder) / "draftsmith.json"
+    family = "lm"
+    if card.is_file():
+        try:
+            family = json.loads(card.read_text())["family"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{card} is not a drafter's description: {error}") from error
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{card} names the family {family!r}; this version knows {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[family](str(folder), target, draft_length, tokenizer)
+
+
+def _load_lm(
+    folder: str, target: Target, draft_length: int, tokenizer: PreTrainedTokenizerBase | None
+) -> Drafter:
+    try:
+        if tokenizer is not None:
+            check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target.model.dtype)
+    except Exception as error:
+        # transformers and safetensors raise many kinds here; the folder is what the user can mend.
+        raise ValueError(f"cannot load a drafter from {folder}: {error}") from error
+    return LMDrafter(model.to(target.device), target=target, draft_length=draft_length)
+
+
+FAMILIES: dict[
+    str, Callable[[str, Target, int, PreTrainedTokenizerBase | None], Drafter]
+] = {"lm": _load_lm}

@@ -1,0 +1,91 @@
+"""What plugs into the decoder: drafters and acceptance rules, and what passes between them."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from decode.draft import Draft
+from decode.sampling import SamplingBatch
+
+
+class Exactness(enum.Enum):
+    """What a rule keeps of the target's behaviour; printed beside every figure."""
+
+    LOSSLESS = "lossless"  # the target's distribution
+    GREEDY = "greedy-identical"  # the target's own greedy output, token for token
+    APPROXIMATE = "approximate"  # neither
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a drafter may know; built by the decoder for each step. Bookkeeping is on the CPU.
+
+    Attributes:
+        slots: [B] cache slot of each active sequence.
+        tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1].
+        lengths: [B] committed tokens.
+        room: [B] draft tokens that still fit (context and output length).
+        hidden: target layer -> [B, K, D], the states of the tokens committed in the last step, for
+            the layers the drafter asked for.
+        sampling: parameters and generator of each sequence.
+    """
+
+    slots: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    room: Tensor
+    hidden: Mapping[int, Tensor]
+    sampling: SamplingBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a rule decided.
+
+    Attributes:
+        path: [B, N] accepted node ids, root first, then -1.
+        num_accepted: [B] accepted draft tokens: without the root, without `next_token`.
+        next_token: [B] the target's own token: recovered after a rejection, bonus after a leaf.
+        num_tried: [B] draft tokens that were tried, accepted or not; those behind a rejection
+            were not.
+        expected_accepted: [B] the sum of Σ min(target, draft) over the tried tokens, or None where
+            the rule is deterministic.
+    """
+
+    path: Tensor
+    num_accepted: Tensor
+    next_token: Tensor
+    num_tried: Tensor
+    expected_accepted: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """Proposes drafts. Drafters without state inherit the empty `begin`, `observe` and `end`."""
+
+    hidden_layers: tuple[int, ...]  # target layers it reads; () for independent drafters
+
+    def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
+        """A sequence enters `slot`; `prompt` [T] on the CPU, `hidden` layer -> [T - 1, D]."""
+
+    def propose(self, context: Context) -> Draft:
+        """A draft for every sequence, at most `context.room` tokens deep."""
+        ...
+
+    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
+        """The outcome of the step: roll back what was rejected, learn online."""
+
+    def end(self, slot: int) -> None:
+        """The sequence in `slot` is finished."""
+
+
+class AcceptanceRule(Protocol):
+    """Decides which path of a draft is kept; the target's forward has already happened."""
+
+    exactness: ClassVar[Exactness]
+
+    def accept(self, draft: Draft, target_logits: Tensor, sampling: SamplingBatch) -> Acceptance:
+        """Judge `draft` by the target's logits [B, N, V]."""
+        ...

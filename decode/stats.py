@@ -1,0 +1,132 @@
+"""What a generation did: sums and counts only, so that figures add over sequences and runs."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One step of one sequence.
+
+    The emitted tokens are the accepted ones and then the target's own token: a bonus where the
+    whole draft was accepted, recovered otherwise. An EOS inside the accepted path, or the length
+    limit, cuts them: then `num_emitted` <= `num_accepted`.
+    """
+
+    num_drafted: int
+    num_accepted: int
+    num_emitted: int
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """Counts of a generation, by vLLM's names; every rate is a property.
+
+    Position i counts from 0, the first drafted token; in trees it is the depth below the root.
+
+    Attributes:
+        num_steps: target forwards, counted per sequence (the prompt's own forward is not one).
+        num_drafts: steps in which anything was drafted.
+        num_draft_tokens: drafted tokens.
+        num_tried_tokens: drafted tokens that were tried; those behind a rejection were not.
+        num_accepted_tokens: accepted draft tokens.
+        num_emitted_tokens: output tokens.
+        num_drafts_per_pos: drafts that reach position i.
+        num_tried_per_pos: drafts whose position i was tried.
+        num_accepted_tokens_per_pos: drafts whose position i was accepted.
+        expected_accepted: Σ min(target, draft) summed over tried tokens (sampling only).
+        seconds: "prefill", "draft", "verify", "other"; a step's time is shared evenly by the
+            sequences in it.
+    """
+
+    num_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_tried_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_drafts_per_pos: list[int] = field(default_factory=list)
+    num_tried_per_pos: list[int] = field(default_factory=list)
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    expected_accepted: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def block_efficiency(self) -> float:
+        """τ: tokens emitted per target forward, the target's own included; 1 is autoregressive."""
+        return self.num_emitted_tokens / self.num_steps if self.num_steps else float("nan")
+
+    @property
+    def alpha(self) -> float:
+        """α: the share of tried draft tokens that was accepted."""
+        return (
+            self.num_accepted_tokens / self.num_tried_tokens
+            if self.num_tried_tokens
+            else float("nan")
+        )
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted over drafted (vLLM's figure): it depends on the draft's size."""
+        return (
+            self.num_accepted_tokens / self.num_draft_tokens
+            if self.num_draft_tokens
+            else float("nan")
+        )
+
+    @property
+    def total_seconds(self) -> float:
+        """Everything, the prompt's forward included."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over all seconds."""
+        return self.num_emitted_tokens / self.total_seconds if self.seconds else float("nan")
+
+    def add_step(
+        self, *, depth: int, num_drafted: int, num_tried: int, num_accepted: int, num_emitted: int
+    ) -> None:
+        """Count one step of one sequence; `depth` is how deep its draft reached."""
+        self.num_steps += 1
+        self.num_emitted_tokens += num_emitted
+        if num_drafted == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_tried_tokens += num_tried
+        self.num_accepted_tokens += num_accepted
+        _count_up_to(self.num_drafts_per_pos, depth)
+        _count_up_to(self.num_tried_per_pos, min(num_accepted + 1, depth))
+        _count_up_to(self.num_accepted_tokens_per_pos, num_accepted)
+
+    def __add__(self, other: "GenerationStats") -> "GenerationStats":
+        """Both together."""
+        return GenerationStats(
+            num_steps=self.num_steps + other.num_steps,
+            num_drafts=self.num_drafts + other.num_drafts,
+            num_draft_tokens=self.num_draft_tokens + other.num_draft_tokens,
+            num_tried_tokens=self.num_tried_tokens + other.num_tried_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + other.num_accepted_tokens,
+            num_emitted_tokens=self.num_emitted_tokens + other.num_emitted_tokens,
+            num_drafts_per_pos=_added(self.num_drafts_per_pos, other.num_drafts_per_pos),
+            num_tried_per_pos=_added(self.num_tried_per_pos, other.num_tried_per_pos),
+            num_accepted_tokens_per_pos=_added(
+                self.num_accepted_tokens_per_pos, other.num_accepted_tokens_per_pos
+            ),
+            expected_accepted=self.expected_accepted + other.expected_accepted,
+            seconds=Counter({**self.seconds}) + Counter({**other.seconds}),
+        )
+
+
+def _count_up_to(counts: list[int], length: int) -> None:
+    counts.extend([0] * (length - len(counts)))
+    for position in range(length):
+        counts[position] += 1
+
+
+def _added(a: list[int], b: list[int]) -> list[int]:
+    width = max(len(a), len(b))
+    return [
+        (a[i] if i < len(a) else 0) + (b[i] if i < len(b) else 0) for i in range(width)
+    ]
