@@ -20,7 +20,7 @@ class ModelOutput:
     """What one forward gave.
 
     Attributes:
-        logits: [B, N, V], or [B, 1, V] where only the last were asked for.
+        logits: [B, N, V], or as many of the N as were asked for.
         hidden: layer -> [B, N, D]; layer k is the output of k layers, 0 the embeddings.
     """
 
@@ -74,7 +74,7 @@ class CachedModel:
         *,
         tree: Draft | None = None,
         layers: tuple[int, ...] = (),
-        last_only: bool = False,
+        keep: Sequence[int] | None = None,
     ) -> ModelOutput:
         """Run `tokens` behind what is committed; nothing is committed by it.
 
@@ -83,7 +83,7 @@ class CachedModel:
             tokens: [B, N]; chains, unless `tree` says how they hang together.
             tree: the draft whose nodes the tokens are.
             layers: hidden states to return.
-            last_only: only the last token's logits are wanted.
+            keep: the places whose logits are wanted, ascending; None is all of them.
         """
         width = tokens.shape[1]
         window = self.cache.open(slots, width, self.device)
@@ -104,18 +104,21 @@ class CachedModel:
             masks = {
                 kind: maker.chain(starts, width, num_keys) for kind, maker in self._masks.items()
             }
-        extra = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
+        extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
+        if keep is not None and self._keeps_logits:
+            extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
         output = self.model(
             input_ids=tokens,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            output_hidden_states=bool(layers),
             **extra,
         )
-        hidden = {layer: output.hidden_states[layer] for layer in layers}
-        return ModelOutput(output.logits, hidden)
+        logits = output.logits
+        if keep is not None and not self._keeps_logits:
+            logits = logits[:, list(keep)]
+        return ModelOutput(logits, {layer: output.hidden_states[layer] for layer in layers})
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -62,7 +62,7 @@ class GenerationResult:
         finish_reason: "eos", "stop" (a stop string), "length" (the output limit or the context's
             end), or "context" (the prompt itself leaves no room: nothing was generated).
         stats: counts and seconds of this request.
-        steps: one entry per target forward.
+        steps: one entry per target forward, the prompt's own first.
         top_logprobs: where the sampling parameters asked for them.
     """
 
@@ -76,7 +76,7 @@ class GenerationResult:
 
 @dataclass(slots=True)
 class _Sequence:
-    """A request in a slot. `room` tokens may still be emitted."""
+    """A request in a slot."""
 
     request: Request
     slot: int
@@ -136,10 +136,11 @@ class SpeculativeDecoder:
         waiting = iter(requests)
         try:
             while True:
-                yield from self._admit(waiting)
-                if not self._active:
+                has_entered = yield from self._admit(waiting)
+                if self._active:
+                    self._step()
+                elif not has_entered:
                     return
-                self._step()
                 yield from self._retire()
         finally:  # also where the caller stops listening
             for sequence in self._active:
@@ -148,49 +149,56 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _step(self) -> None:
+        active = self._active
         started = self._now()
-        context = self._context()
-        slots = [sequence.slot for sequence in self._active]
+        context = self._context(active)
         ready = self._now()
         draft = self.drafter.propose(context)
         drafted = self._now()
+        slots = [sequence.slot for sequence in active]
         output = self.target.verify(slots, draft, self.drafter.hidden_layers)
         verified = self._now()
-        acceptance = self.rule.accept(draft, output.logits, context.sampling)
-        acceptance, emitted = self._truncate(draft, acceptance)
-        self._record(draft, acceptance, emitted, output)
-        self.target.commit(slots, draft, acceptance)
-        self.drafter.observe(context, draft, acceptance)
-        self._extend(emitted, acceptance, output)
+        self._conclude(active, context, draft, output)
         seconds = {
             "draft": drafted - ready,
             "verify": verified - drafted,
             "other": self._now() - verified + ready - started,
         }
-        for sequence in self._active:
+        for sequence in active:
             for name, value in seconds.items():
-                sequence.stats.seconds[name] += value / len(self._active)
+                sequence.stats.seconds[name] += value / len(active)
 
-    def _context(self) -> Context:
-        slots = torch.tensor([sequence.slot for sequence in self._active])
-        lengths = torch.tensor([sequence.length for sequence in self._active])
+    def _conclude(
+        self, sequences: list[_Sequence], context: Context, draft: Draft, output: ModelOutput
+    ) -> None:
+        """Accept, truncate, commit, observe, extend."""
+        acceptance = self.rule.accept(draft, output.logits, context.sampling)
+        acceptance, emitted = self._truncate(sequences, draft, acceptance)
+        self._record(sequences, draft, acceptance, emitted, output)
+        self.target.commit([sequence.slot for sequence in sequences], draft, acceptance)
+        self.drafter.observe(context, draft, acceptance)
+        self._extend(sequences, emitted, acceptance, output)
+
+    def _context(self, sequences: list[_Sequence]) -> Context:
+        slots = torch.tensor([sequence.slot for sequence in sequences])
+        lengths = torch.tensor([sequence.length for sequence in sequences])
         return Context(
             slots=slots,
             tokens=self._tokens[slots, : int(lengths.max())],
             lengths=lengths,
-            room=torch.tensor([sequence.room - 1 for sequence in self._active]),
+            room=torch.tensor([sequence.room - 1 for sequence in sequences]),
             hidden={
-                layer: pad_sequence([s.hidden[layer] for s in self._active], batch_first=True)
+                layer: pad_sequence([s.hidden[layer] for s in sequences], batch_first=True)
                 for layer in self.drafter.hidden_layers
             },
             sampling=SamplingBatch(
-                tuple(sequence.sampling for sequence in self._active),
-                tuple(sequence.generator for sequence in self._active),
+                tuple(sequence.sampling for sequence in sequences),
+                tuple(sequence.generator for sequence in sequences),
             ),
         )
 
     def _truncate(
-        self, draft: Draft, acceptance: Acceptance
+        self, sequences: list[_Sequence], draft: Draft, acceptance: Acceptance
     ) -> tuple[Acceptance, list[tuple[list[int], str | None]]]:
         """Cut each path where EOS, a stop string or the limit falls inside it.
 
@@ -206,7 +214,7 @@ class SpeculativeDecoder:
         next_tokens = acceptance.next_token.tolist()
         emitted = []
         is_cut = False
-        for row, sequence in enumerate(self._active):
+        for row, sequence in enumerate(sequences):
             new = [*path_tokens[row][1 : counts[row] + 1], next_tokens[row]]
             kept, reason = self.stopping.cut(sequence.output, new, sequence.sampling)
             if reason is None and len(sequence.output) + kept >= sequence.limit:
@@ -225,6 +233,7 @@ class SpeculativeDecoder:
 
     def _record(
         self,
+        sequences: list[_Sequence],
         draft: Draft,
         acceptance: Acceptance,
         emitted: list[tuple[list[int], str | None]],
@@ -236,15 +245,18 @@ class SpeculativeDecoder:
         tried = acceptance.num_tried.tolist()
         accepted = acceptance.num_accepted.tolist()
         expected = acceptance.expected_accepted
-        for row, sequence in enumerate(self._active):
+        for row, sequence in enumerate(sequences):
             new = emitted[row][0]
-            sequence.stats.add_step(
-                depth=depths[row],
-                num_drafted=drafted[row],
-                num_tried=tried[row],
-                num_accepted=accepted[row],
-                num_emitted=len(new),
-            )
+            if not sequence.steps:
+                sequence.stats.num_prefill_tokens += 1
+            else:
+                sequence.stats.add_step(
+                    depth=depths[row],
+                    num_drafted=drafted[row],
+                    num_tried=tried[row],
+                    num_accepted=accepted[row],
+                    num_emitted=len(new),
+                )
             sequence.steps.append(StepTrace(drafted[row], accepted[row], len(new)))
             if expected is not None:
                 sequence.stats.expected_accepted += float(expected[row])
@@ -256,12 +268,13 @@ class SpeculativeDecoder:
 
     def _extend(
         self,
+        sequences: list[_Sequence],
         emitted: list[tuple[list[int], str | None]],
         acceptance: Acceptance,
         output: ModelOutput,
     ) -> None:
         """Append the emitted tokens and note who is finished."""
-        for row, (sequence, (new, reason)) in enumerate(zip(self._active, emitted, strict=True)):
+        for row, (sequence, (new, reason)) in enumerate(zip(sequences, emitted, strict=True)):
             sequence.output += new
             sequence.finish_reason = reason
             end = sequence.length + len(new)
@@ -274,8 +287,14 @@ class SpeculativeDecoder:
                 }
 
     @torch.inference_mode()
-    def _admit(self, waiting: Iterator[Request]) -> Iterator[GenerationResult]:
-        """Fill the free slots; requests that do not fit the context are answered at once."""
+    def _admit(self, waiting: Iterator[Request]) -> Generator[GenerationResult, None, bool]:
+        """Fill the free slots; requests that do not fit the context are answered at once.
+
+        A sequence may be finished by the token that its prompt's forward gives.
+
+        Returns:
+            whether any request was taken.
+        """
         entering = []
         while self._free:
             request = next(waiting, None)
@@ -299,19 +318,24 @@ class SpeculativeDecoder:
             self._tokens[slot, : sequence.length] = torch.tensor(request.prompt)
             entering.append(sequence)
         if not entering:
-            return
+            return False
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in entering]
         slots = [sequence.slot for sequence in entering]
-        states = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
-        for sequence, prompt, hidden in zip(entering, prompts, states, strict=True):
+        output, before = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
+        for sequence, prompt, hidden in zip(entering, prompts, before, strict=True):
             self.drafter.begin(sequence.slot, prompt, hidden)
-            sequence.hidden = {layer: rows[:0] for layer, rows in hidden.items()}
+            sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
+        context = self._context(entering)
+        roots = context.tokens.gather(1, context.lengths[:, None] - 1)
+        self._conclude(entering, context, Draft.chain(roots.to(self.target.device)), output)
         spent = (self._now() - started) / len(entering)
         for sequence in entering:
             sequence.stats.seconds["prefill"] += spent
         # Neighbouring slots are read without a copy, so the batch is kept in slot order.
         self._active = sorted([*self._active, *entering], key=lambda sequence: sequence.slot)
+        yield from self._retire()
+        return True
 
     def _retire(self) -> Iterator[GenerationResult]:
         finished = [sequence for sequence in self._active if sequence.finish_reason]

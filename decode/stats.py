@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One step of one sequence.
+    """One step of one sequence; the first is the prompt's own forward, without a draft.
 
     The emitted tokens are the accepted ones and then the target's own token: a bonus where the
     whole draft was accepted, recovered otherwise. An EOS inside the accepted path, or the length
@@ -25,12 +25,13 @@ class GenerationStats:
     Position i counts from 0, the first drafted token; in trees it is the depth below the root.
 
     Attributes:
-        num_steps: target forwards, counted per sequence (the prompt's own forward is not one).
+        num_steps: target forwards behind the prompt's own, counted per sequence.
+        num_prefill_tokens: tokens that the prompts' own forwards gave: one per sequence.
         num_drafts: steps in which anything was drafted.
         num_draft_tokens: drafted tokens.
         num_tried_tokens: drafted tokens that were tried; those behind a rejection were not.
         num_accepted_tokens: accepted draft tokens.
-        num_emitted_tokens: output tokens.
+        num_emitted_tokens: output tokens that the steps gave.
         num_drafts_per_pos: drafts that reach position i.
         num_tried_per_pos: drafts whose position i was tried.
         num_accepted_tokens_per_pos: drafts whose position i was accepted.
@@ -40,6 +41,7 @@ class GenerationStats:
     """
 
     num_steps: int = 0
+    num_prefill_tokens: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_tried_tokens: int = 0
@@ -53,7 +55,10 @@ class GenerationStats:
 
     @property
     def block_efficiency(self) -> float:
-        """τ: tokens emitted per target forward, the target's own included; 1 is autoregressive."""
+        """τ: tokens emitted per target forward, the target's own included; 1 is autoregressive.
+
+        The prompt's forward and the token it gives are left out.
+        """
         return self.num_emitted_tokens / self.num_steps if self.num_steps else float("nan")
 
     @property
@@ -81,8 +86,9 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens over all seconds."""
-        return self.num_emitted_tokens / self.total_seconds if self.seconds else float("nan")
+        """All output tokens over all seconds."""
+        num_tokens = self.num_prefill_tokens + self.num_emitted_tokens
+        return num_tokens / self.total_seconds if self.seconds else float("nan")
 
     def add_step(
         self, *, depth: int, num_drafted: int, num_tried: int, num_accepted: int, num_emitted: int
@@ -104,6 +110,7 @@ class GenerationStats:
         """Both together."""
         return GenerationStats(
             num_steps=self.num_steps + other.num_steps,
+            num_prefill_tokens=self.num_prefill_tokens + other.num_prefill_tokens,
             num_drafts=self.num_drafts + other.num_drafts,
             num_draft_tokens=self.num_draft_tokens + other.num_draft_tokens,
             num_tried_tokens=self.num_tried_tokens + other.num_tried_tokens,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from decode.cached_model import CachedModel, ModelOutput
@@ -55,30 +56,37 @@ class Target:
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Tensor], layers: tuple[int, ...] = ()
-    ) -> list[dict[int, Tensor]]:
-        """Cache the prompts but for their last token, which is the root of the first draft.
+    ) -> tuple[ModelOutput, list[dict[int, Tensor]]]:
+        """Read the prompts. Their last tokens are roots: read too, but not committed.
 
         Returns:
-            for each prompt: layer -> [T - 1, D].
+            the output at the roots, as `verify` would give it for drafts of the root alone; and for
+            each prompt the states of all other tokens, layer -> [T - 1, D].
         """
-        counts = [len(prompt) - 1 for prompt in prompts]
-        longest = max(counts, default=0)
-        padded = torch.zeros(len(prompts), max(longest, 1), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            padded[row, : counts[row]] = prompt[:-1]
-        padded = padded.to(self.device)
+        counts = [len(prompt) for prompt in prompts]
+        padded = pad_sequence(list(prompts), batch_first=True).to(self.device)
         states: list[dict[int, list[Tensor]]] = [{layer: [] for layer in layers} for _ in prompts]
-        for begin in range(0, longest, PREFILL_CHUNK):
+        rows: dict[int, Tensor] = {}
+        for begin in range(0, max(counts), PREFILL_CHUNK):
             chunk = padded[:, begin : begin + PREFILL_CHUNK]
             fed = [min(max(count - begin, 0), chunk.shape[1]) for count in counts]
-            output = self.cached.forward(slots, chunk, layers=layers, last_only=True)
-            self.cached.cache.commit(slots, fed)
+            ending = [row for row, count in enumerate(counts) if 0 < count - begin <= fed[row]]
+            places = sorted({fed[row] - 1 for row in ending})
+            output = self.cached.forward(slots, chunk, layers=layers, keep=places)
             for row, count in enumerate(fed):
                 for layer in layers:
                     states[row][layer].append(output.hidden[layer][row, :count])
-        return [
-            {layer: torch.cat(parts) for layer, parts in row.items() if parts} for row in states
-        ]
+            for row in ending:
+                rows[row] = output.logits[row, places.index(fed[row] - 1)]
+                fed[row] -= 1
+            self.cached.cache.commit(slots, fed)
+        read = [{layer: torch.cat(parts) for layer, parts in row.items()} for row in states]
+        at_root = {
+            layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers
+        }
+        logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]
+        before = [{layer: tokens[:-1] for layer, tokens in row.items()} for row in read]
+        return ModelOutput(logits, at_root), before
 
     def verify(
         self, slots: Sequence[int], draft: Draft, layers: tuple[int, ...] = ()

@@ -46,7 +46,7 @@ class LMDrafter(Drafter):
         self.cached.cache.release(slot)
         if 1 < len(prompt) <= self.cached.max_length:
             tokens = prompt[None, :-1].to(self.cached.device)
-            self.cached.forward([slot], tokens, last_only=True)
+            self.cached.forward([slot], tokens, keep=[])
             self.cached.cache.commit([slot], [len(prompt) - 1])
 
     def propose(self, context: Context) -> Draft:

@@ -1,0 +1,1 @@
+"""Training drafters for speculative decoding, and measuring what they gain."""

@@ -1,0 +1,130 @@
+"""An independent language model: the state before a token predicts the token, as in the target.
+
+Only places that count are projected to logits, in chunks (`distill.chunked`). Models whose head is
+more than a linear layer (and Gemma's soft cap) give whole logits instead.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.alignment import Aligned
+from distill.batches import Batch
+from distill.chunked import Head, States, compute_dtype
+
+
+class LMAlignment:
+    """Aligns a causal LM."""
+
+    def __init__(self, drafter: PreTrainedModel):
+        """Find out how this model makes logits."""
+        self._head = PlainHead.of(drafter)
+
+    def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
+        """The drafter's states at the places before those that `batch.loss_mask` names."""
+        return Aligned(
+            States(*predictions(drafter, self._head, batch)),
+            batch.input_ids[:, 1:][batch.loss_mask[:, 1:]],
+        )
+
+
+class LiveTarget:
+    """The target itself, run beside the drafter without gradient."""
+
+    def __init__(self, model: PreTrainedModel):
+        """Teach with `model`."""
+        self._model = model.eval()
+        self._head = PlainHead.of(model)
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> States:
+        """The target's states at the places that predict the batch's tokens."""
+        hidden, head = predictions(self._model, self._head, batch)
+        dtype = compute_dtype(hidden)
+        return States(hidden.to(dtype), head.detach(dtype))
+
+
+class PlainHead:
+    """A language-model head that is a linear layer, perhaps soft-capped."""
+
+    def __init__(self, linear: nn.Linear, softcap: float | None):
+        """See `of`."""
+        self.linear = linear
+        self.softcap = softcap
+
+    def head(self) -> Head:
+        """The projection with the weights of now."""
+        return Head(self.linear.weight, self.linear.bias, self.softcap)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: PreTrainedModel) -> "PlainHead | None":
+        """The head of `model`, tried on a few tokens; None where it is something else."""
+        linear = model.get_output_embeddings()
+        if type(linear) is not nn.Linear or model.base_model is model:
+            return None
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        plain = PlainHead(linear, softcap)
+        was_training = model.training
+        model.eval()
+        tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        logits = model(input_ids=tokens, use_cache=False).logits[0]
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        model.train(was_training)
+        ours = plain.head().cap(plain.head().project(hidden))
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
+        same = ours.shape == logits.shape and torch.allclose(
+            ours.float(), logits.float(), rtol=tolerance, atol=tolerance
+        )
+        return plain if same else None
+
+
+def predictions(model: nn.Module, plain: PlainHead | None, batch: Batch) -> tuple[Tensor, Head]:
+    """States that predict the T tokens of the batch, [T, D], and their head.
+
+    Without a plain head the states are the logits [T, V] themselves.
+    """
+    backbone = model if plain is None else model.base_model
+    assert isinstance(backbone, nn.Module)
+    output = backbone(
+        input_ids=batch.input_ids,
+        attention_mask=attention_masks(model, batch),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    everywhere = output.logits if plain is None else output.last_hidden_state
+    head = Head(None) if plain is None else plain.head()
+    return everywhere[:, :-1][batch.loss_mask[:, 1:]], head
+
+
+def attention_masks(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """The batch's [B, 1, L, L] mask as the model takes it: additive, one per kind of layer.
+
+    It is additive also for sdpa, which would convert a boolean one anew in every layer.
+    """
+    assert isinstance(model, PreTrainedModel)
+    config = model.config.get_text_config()
+    sees = batch.attention_mask()
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if not kinds:
+        return _additive(_within(sees, window), model.dtype)
+    masks = {
+        kind: _additive(_within(sees, window if kind == "sliding_attention" else None), model.dtype)
+        for kind in kinds
+    }
+    return masks if len(masks) > 1 else masks[kinds[0]]
+
+
+def _within(sees: Tensor, window: int | None) -> Tensor:
+    """Queries see `window` places, their own included; within a segment places are positions."""
+    if window is None or window >= sees.shape[-1]:
+        return sees
+    return sees & torch.ones_like(sees[0, 0]).triu(1 - window)
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)

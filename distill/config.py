@@ -1,0 +1,367 @@
+"""Typed configs: schemas from dataclasses, objects from configs, and how a command starts.
+
+A command and everything it is made of are frozen dataclasses. `schema_of` turns one into a Hydra
+structured config, so that YAML and overrides are checked against its fields; `build` turns the
+composed config back into objects; `command` puts both around `run()` and words every mistake of
+the user as one sentence. No other module knows how objects come out of a config.
+"""
+
+import copy
+import dataclasses
+import difflib
+import errno
+import functools
+import importlib
+import itertools
+import operator
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import hydra
+import psutil
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from distill.errors import UserError
+
+# The dataclasses behind the config groups. An option, conf/<group>/<option>.yaml, names one by
+# `defaults: [/schema/<group>/<name>@_here_]`.
+COMPONENTS: tuple[tuple[str, str, str], ...] = (
+    ("target", "model", "distill.target.TargetSettings"),
+    ("prompts", "standard_library", "distill.prompts.StandardLibraryPrompts"),
+    ("prompts", "dataset", "distill.prompts.DatasetPrompts"),
+    ("sampling", "params", "decode.SamplingParams"),
+    ("acceptance", "greedy", "decode.acceptance.Greedy"),
+    ("acceptance", "sampling", "decode.acceptance.SpeculativeSampling"),
+    ("drafter", "lm", "decode.models.ScratchLM"),
+    ("drafter", "lm_from_target", "decode.models.TargetLayersLM"),
+    ("drafter", "lm_from_checkpoint", "decode.models.CheckpointLM"),
+    ("objective", "cross_entropy", "distill.objectives.CrossEntropy"),
+    ("objective", "forward_kl", "distill.objectives.ForwardKL"),
+    ("data", "seq_kd", "distill.batches.SeqKD"),
+    ("data", "text", "distill.batches.Text"),
+    ("trainer", "loop", "distill.loop.TrainerSettings"),
+    ("tracker", "none", "distill.tracking.NoTracker"),
+    ("tracker", "wandb", "distill.tracking.WandbTracker"),
+    ("tracker", "tensorboard", "distill.tracking.TensorBoardTracker"),
+)
+
+OURS = ("decode.", "distill.")
+UNIONS = (typing.Union, types.UnionType)
+SCHEMAS: dict[type[Any], type[Any]] = {}
+
+
+def conf_dir() -> str:
+    """The folder of the Hydra tree: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for directory in (here / "conf", here.parent / "conf"):
+        if directory.is_dir():
+            return str(directory)
+    raise FileNotFoundError(f"no conf/ inside or beside {here}; install draftsmith again")
+
+
+def command(name: str, settings: type[Any]) -> Callable[[], None]:
+    """The Hydra app of one command.
+
+    Args:
+        name: the command; conf/<name>.yaml is its config.
+        settings: a frozen dataclass with `run()`. A field `output` receives the output folder
+            of the job, which in a multirun is a folder of its own.
+
+    Returns:
+        A function that reads `sys.argv`, composes, and runs. It exits with code 2 and one
+        sentence on the user's mistakes, with 130 on Ctrl-C.
+    """
+
+    def task(config: DictConfig) -> None:
+        with _one_sentence(name):  # inside, for Hydra meets what leaves a task with a traceback
+            _construct_command(settings, config).run()
+
+    def main() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises and leaves the wording to us
+        sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # argparse wants them in one piece
+        with _one_sentence(name):
+            register(name, settings)
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+
+    return main
+
+
+def register(name: str, settings: type[Any]) -> None:
+    """Give Hydra the schemas, the help page and the resolvers of one command."""
+    store = ConfigStore.instance()
+    for group, schema_name, path in COMPONENTS:
+        store.store(
+            group=f"schema/{group}", name=schema_name, node=schema_of(_import(path, (), ""))
+        )
+    trusted: Any = ("trusted_packages", list[str], dataclasses.field(default_factory=list))
+    schema = dataclasses.make_dataclass(settings.__name__, [*_schema_fields(settings), trusted])
+    store.store(name=f"{name}_schema", node=schema)
+    store.store(group="hydra/help", name="draftsmith", node={"template": _help(name)})
+    OmegaConf.register_new_resolver("started", _started, replace=True, use_cache=True)
+
+
+def schema_of(component: type[Any]) -> type[Any]:
+    """A structured config with the fields, types and defaults of a dataclass, and its `_target_`.
+
+    Nested dataclasses become nested schemas, paths strings, and everything that YAML cannot type
+    (protocols, unions of components) `Any`: there the chosen option brings its own schema.
+    """
+    if component not in SCHEMAS:  # one class per component, or OmegaConf refuses to merge them
+        target: Any = ("_target_", str, f"{component.__module__}.{component.__qualname__}")
+        fields = [target, *_schema_fields(component)]
+        SCHEMAS[component] = dataclasses.make_dataclass(component.__name__, fields)
+    return SCHEMAS[component]
+
+
+def build(node: Any, *, trusted: Sequence[str] = ()) -> Any:
+    """The object a config node describes, nested objects included.
+
+    Args:
+        node: a config or plain containers; a mapping with `_target_` becomes that class.
+        trusted: packages besides our own whose classes a config may name.
+
+    Raises:
+        UserError: a class outside the trusted packages, an unknown key, a refused value.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return _build(plain, Any, tuple(f"{package}." for package in trusted), "")
+
+
+def _schema_fields(component: type[Any]) -> list[Any]:
+    hints = typing.get_type_hints(component)
+    fields = []
+    for field in dataclasses.fields(component):
+        if field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = MISSING if field.default is dataclasses.MISSING else field.default
+        hint = _schema_type(hints[field.name])
+        if hint is Any and dataclasses.is_dataclass(value):
+            value = MISSING  # a plug point: its group chooses, and brings the schema along
+        default = functools.partial(copy.deepcopy, _schema_value(value))
+        fields.append((field.name, hint, dataclasses.field(default_factory=default)))
+    return fields
+
+
+def _schema_type(hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Path:
+        return str
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return schema_of(hint)
+    if origin in UNIONS:
+        inner = [_schema_type(a) for a in arguments if a is not types.NoneType]
+        if Any in inner or (len(inner) > 1 and any(map(dataclasses.is_dataclass, inner))):
+            return Any
+        return functools.reduce(
+            operator.or_, [*inner, None] if types.NoneType in arguments else inner
+        )
+    if origin in (list, tuple, Sequence, Iterable):
+        return list[_schema_type(arguments[0])]  # type: ignore[misc]
+    if origin in (dict, Mapping):
+        return dict[str, _schema_type(arguments[1])]  # type: ignore[misc]
+    is_plain = isinstance(hint, type) and (
+        hint in (bool, int, float, str) or issubclass(hint, Enum)
+    )
+    return hint if is_plain else Any
+
+
+def _schema_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _schema_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return schema_of(type(value))(**fields)
+    if isinstance(value, tuple | list):
+        return [_schema_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _schema_value(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(value: Any, hint: Any, trusted: tuple[str, ...], where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    inner = next((typing.get_args(o) for o in options if typing.get_origin(o)), ())
+    if isinstance(value, dict):
+        if "_target_" in value:
+            fields = {key: item for key, item in value.items() if key != "_target_"}
+            exact = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
+            component = exact[0] if len(exact) == 1 else _import(value["_target_"], trusted, where)
+            return _construct(component, fields, trusted, where)
+        return {
+            k: _build(v, inner[1:] and inner[1], trusted, f"{where}.{k}") for k, v in value.items()
+        }
+    if isinstance(value, list):
+        items = [
+            _build(v, inner[:1] and inner[0], trusted, f"{where}.{i}") for i, v in enumerate(value)
+        ]
+        return tuple(items) if any(typing.get_origin(o) is tuple for o in options) else items
+    return Path(value).expanduser() if isinstance(value, str) and Path in options else value
+
+
+def _construct(
+    component: type[Any], fields: dict[str, Any], trusted: tuple[str, ...], where: str
+) -> Any:
+    hints = typing.get_type_hints(component)
+    known = [field.name for field in dataclasses.fields(component)]
+    prefix = f"{where}." if where else ""
+    if unknown := [key for key in fields if key not in known]:
+        key = f"{prefix}{unknown[0]}"
+        raise UserError(f"unknown key {key!r}", None, _nearest(key, known))
+    built = {k: _build(v, hints[k], trusted, prefix + k) for k, v in fields.items()}
+    try:
+        return component(**built)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error), f"config {where}" if where else None) from error
+
+
+def _import(path: str, trusted: tuple[str, ...], where: str) -> type[Any]:
+    """The class at `path`, if it is a dataclass that one of the allowed packages defines."""
+    allowed = OURS + trusted
+    found = None
+    if path.startswith(allowed):
+        module, _, name = path.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import {path!r}", f"config {where}", str(error)) from error
+    # The class's own module counts: a name that distill.x has imported must not pass as ours.
+    ours = isinstance(found, type) and f"{found.__module__}.".startswith(allowed)
+    if not isinstance(found, type) or not ours or not dataclasses.is_dataclass(found):
+        hint = f"trusted_packages=[{path.split('.')[0]}] allows it if you trust that code"
+        raise UserError(f"{path!r} is no settings class of draftsmith", f"config {where}", hint)
+    return found
+
+
+def _construct_command(settings: type[Any], config: DictConfig) -> Any:
+    """The command object of a composed config; the resolved config is kept in the output."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{missing[0]!r} has no value", None, f"give one: {missing[0]}=...")
+    if "output" in config:
+        config.output = HydraConfig.get().runtime.output_dir
+        OmegaConf.save(config, Path(config.output) / ".hydra" / "config.yaml", resolve=True)
+    fields = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    trusted = tuple(f"{package}." for package in fields.pop("trusted_packages"))
+    return _construct(settings, fields, trusted, "")
+
+
+def _is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+def _started() -> str:
+    """When the run began, as a folder name: the same for all processes of one launcher."""
+    num_processes = os.environ.get("WORLD_SIZE")
+    if num_processes != os.environ.get("LOCAL_WORLD_SIZE", num_processes):
+        raise UserError("several machines must write to one folder", None, "name it: output=FOLDER")
+    launcher = psutil.Process(os.getppid()) if "LOCAL_RANK" in os.environ else None
+    seconds = launcher.create_time() if launcher else time.time()
+    return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop = "stopped; what was written is kept; run the same command again to go on"
+        _fail(name, stop, 130)
+    except BrokenPipeError:  # `draftsmith inspect | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        _fail(name, sentence, 2)
+
+
+def _fail(name: str, sentence: str, code: int) -> typing.NoReturn:
+    sys.stdout.flush()
+    print(f"draftsmith {name}: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for a mistake the user can mend; None for an error of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        quoted = f"'{error.override.split('=')[0]}=\"...\"'"
+        return f"cannot read {error.override!r}; write key=value, odd characters quoted: {quoted}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} has no option {option!r}; {_nearest(option, error.options)}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        return _explain_config(cause)
+    return _explain_os(error)
+
+
+def _explain_config(error: Exception) -> str:
+    key = getattr(error, "full_key", None) or ""
+    first = str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, ConfigKeyError | AttributeError) and key:
+        parent = getattr(error, "parent_node", None)
+        known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+        return f"unknown key {key!r}; {_nearest(key, known)}"
+    if isinstance(error, ValidationError) and key:
+        return f"{key}: {first[0].lower()}{first[1:]}"
+    return " ".join(str(error).split())
+
+
+def _explain_os(error: Exception) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return f"the disk is full{where}; free some space and run the same command again to go on"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{where}; choose another folder, output=FOLDER"
+    return None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """What was probably meant, and all there is; of a dotted key, `known` are the siblings."""
+    parent, dot, last = word.rpartition(".")
+    names = sorted(name for name in known if not name.startswith("_") and name != "hydra")
+    close = difflib.get_close_matches(last, names, n=1)
+    guess = f"did you mean {parent + dot + close[0]!r}? " if close else ""
+    return f"{guess}there are: {', '.join(names)}" if names else "nothing can be set there"
+
+
+def _help(name: str) -> str:
+    """The help page: the comment that heads conf/<name>.yaml, then its groups and their options."""
+    root = Path(conf_dir())
+    choices: dict[str, list[str]] = {}  # group -> the keys it fills, as they are overridden
+    for entry in OmegaConf.load(root / f"{name}.yaml").defaults:
+        key = str(next(iter(entry))) if isinstance(entry, DictConfig) else ""
+        if key and not key.startswith("override "):
+            choices.setdefault(key.partition("@")[0], []).append(key)
+    lines = [*_heading(root / f"{name}.yaml"), "", "Choose (group=option):"]
+    for group, keys in choices.items():
+        texts = {file.stem: _heading(file)[0] for file in sorted((root / group).glob("*.yaml"))}
+        if group == "experiment":
+            texts = {option: text for option, text in texts.items() if f" {name} " in text}
+        lines += [f"  {', '.join(keys)}"] if texts else []
+        lines += [f"    {option:<21} {text}" for option, text in texts.items()]
+    lines += ["", "Set (key=value; these are the values of the choices above):", ""]
+    text = "\n".join(lines).replace("$", "$$")
+    flags = "--cfg job prints the config, --multirun a=1,2 runs each; draftsmith --help tells more"
+    return f"{text}\n$CONFIG\n{flags}"
+
+
+def _heading(path: Path) -> list[str]:
+    """The comment at the top of a file, without Hydra's own first line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return [line[2:] for line in comment if not line.startswith("# @")] or [""]

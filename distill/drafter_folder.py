@@ -1,0 +1,84 @@
+"""Finding a trained drafter on disk, and checking that it belongs to the target at hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from decode import tokenizer_hash
+from distill.errors import UserError
+from distill.target import LoadedTarget
+
+DESCRIPTION = "draftsmith.json"
+
+
+def find_drafter(path: Path | str) -> str:
+    """The model folder (or hub id) that `path` means: a run of `draftsmith train` holds it inside.
+
+    Raises:
+        UserError: the folder is an unfinished run, or no model.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") != 1:
+            raise UserError("there is no drafter here", folder, "check the path")
+        return str(path)
+    if (folder / "drafter" / "config.json").is_file():
+        folder = folder / "drafter"
+    elif (folder / "checkpoints").is_dir():
+        raise UserError(
+            "this training run is not finished", folder, "run the same train command again"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            "the folder holds no config.json: the checkpoint is half-written or not a model",
+            folder,
+            "export or train it again",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            "the folder holds no safetensors weights: the checkpoint is half-written",
+            folder,
+            "export or train it again",
+        )
+    return str(folder)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The drafter's `draftsmith.json`; empty for models that were not made here.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        return {}
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{DESCRIPTION} is broken: {error}", folder, "export or train the drafter again"
+        ) from error
+    return description
+
+
+def check_target(description: dict[str, Any], folder: str | Path, target: LoadedTarget) -> None:
+    """Refuse a drafter that was aligned to another target or uses another tokenizer.
+
+    Raises:
+        UserError: naming both targets.
+    """
+    trained_for = description.get("target_fingerprint", target.fingerprint)
+    if trained_for != target.fingerprint:
+        raise UserError(
+            f"the drafter was aligned to the target {description.get('target')} "
+            f"({trained_for}), not to {target.path} ({target.fingerprint})",
+            folder,
+            "evaluate it against its own target, or train one for this target",
+        )
+    expected = description.get("tokenizer_hash")
+    if expected is not None and expected != tokenizer_hash(target.tokenizer):
+        raise UserError(
+            "the drafter was trained with another tokenizer than the target's",
+            folder,
+            "train a drafter with this target's tokenizer",
+        )

@@ -1,0 +1,136 @@
+"""`draftsmith export`: a trained drafter becomes a plain transformers directory."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from distill.config import command
+from distill.drafter_folder import DESCRIPTION, check_target, find_drafter, read_description
+from distill.errors import UserError
+from distill.exporters.gate import check_reload, padded_mass
+from distill.exporters.model_card import model_card
+from distill.exporters.vocabulary import match_vocabulary
+from distill.prompts import PromptSettings, StandardLibraryPrompts
+from distill.run_folder import write_json, write_text
+from distill.target import Dtype, LoadedTarget, TargetSettings, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a drafter as `assistant_model=` of transformers, vLLM and SGLang load it.
+
+    Attributes:
+        checkpoint: a run of `draftsmith train`, or a model folder.
+        target: what it drafts for.
+        prompts: real prompts for the comparison of logits.
+        output: the directory to write; it appears whole or not at all.
+        dtype: of the stored weights; auto keeps that of training.
+        draft_length: tokens per draft that the card recommends.
+    """
+
+    checkpoint: Path
+    target: TargetSettings = field(default_factory=TargetSettings)
+    prompts: PromptSettings = field(
+        default_factory=lambda: StandardLibraryPrompts(split="distill", limit=8)
+    )
+    output: Path
+    dtype: Dtype = Dtype.auto
+    draft_length: int = 5
+
+    def run(self) -> Path:
+        """Convert, write, read back, compare, and only then put in place.
+
+        Raises:
+            UserError: the checkpoint is unfinished or of another target, the output exists, or the
+                written model is not the trained one.
+        """
+        source = find_drafter(self.checkpoint)
+        if (self.output / "config.json").exists():
+            raise UserError("there is a model already", self.output, "choose another output folder")
+        target = self.target.load()
+        description = read_description(source)
+        check_target(description, source, target)
+        model = _load(source, self.dtype).to(target.model.device)
+        target_size = target.model.config.get_text_config().vocab_size
+        match_vocabulary(model, target_size)
+        prompts = [prompt.ids for prompt in self.prompts.load(target.tokenizer)]
+        mass, wins = padded_mass(model, target.tokenizer, prompts)
+        if wins or mass > 0.01:
+            raise UserError(
+                f"ids that the tokenizer does not have take up to {mass:.1%} of the drafter's "
+                "probability",
+                source,
+                "train it on more of the target's output first",
+            )
+        description |= {
+            "family": "lm",
+            "target": target.path,
+            "target_fingerprint": target.fingerprint,
+            "export": {
+                "name": self.output.name,
+                "vocab_size": target_size,
+                "parameters": model.num_parameters(),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "draft_length": self.draft_length,
+            },
+        }
+        self._write(model, target, description, prompts)
+        print(f"exported to {self.output}: logits equal after reload on {len(prompts)} prompts")
+        return self.output
+
+    def _write(
+        self,
+        model: PreTrainedModel,
+        target: LoadedTarget,
+        description: dict[str, Any],
+        prompts: list[list[int]],
+    ) -> None:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
+        try:
+            model.save_pretrained(partial)
+            target.tokenizer.save_pretrained(partial)
+            write_json(partial / DESCRIPTION, description)
+            write_card(partial, measured_in_training(description))
+            check_reload(model, partial, prompts)
+            # hydra has put its record of the run into the output folder before us
+            self.output.mkdir(exist_ok=True)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(self.output / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_card(folder: Path, measured: str) -> None:
+    """Write (again) the model card of an exported drafter, with the given figures."""
+    write_text(folder / "README.md", model_card(read_description(folder), measured))
+
+
+def measured_in_training(description: Mapping[str, Any]) -> str:
+    """The figures that training left in the drafter's description, as a Markdown passage."""
+    measured = description.get("measured")
+    if not measured:
+        return "Nothing was measured yet: `draftsmith evaluate` does."
+    figures = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in measured.items())
+    return f"On held-out prompts, while training:\n\n| | |\n| --- | --- |\n{figures}"
+
+
+def _load(folder: str, dtype: Dtype) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load the drafter: {first_line(error)}", folder) from error
+    with torch.no_grad():
+        return model.eval()
+
+
+main = command("export", Export)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Export formats, one per file, and the gate that every export passes."""

@@ -1,0 +1,59 @@
+"""Nothing is exported before it was read back and found to be the same model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.errors import UserError
+
+
+@torch.inference_mode()
+def check_reload(model: PreTrainedModel, folder: Path, prompts: Sequence[Sequence[int]]) -> float:
+    """Load `folder` as a user would and compare its logits with `model`'s on real prompts.
+
+    Returns:
+        the largest absolute difference, which is zero for the same weights in the same dtype.
+
+    Raises:
+        UserError: tensors are missing or surplus, or the logits differ.
+    """
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True
+    )
+    wrong = {name: keys for name, keys in info.items() if keys}
+    if wrong:
+        raise UserError(
+            f"the exported checkpoint does not load cleanly: {wrong}", folder, "this is a bug"
+        )
+    reloaded = reloaded.to(model.device).eval()
+    worst = 0.0
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        ours, theirs = model(input_ids=ids).logits, reloaded(input_ids=ids).logits
+        worst = max(worst, float((ours - theirs).abs().max()))
+    if worst > 0:
+        raise UserError(
+            f"the exported checkpoint's logits differ by {worst:.2e}", folder, "this is a bug"
+        )
+    return worst
+
+
+@torch.inference_mode()
+def padded_mass(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+) -> tuple[float, bool]:
+    """Probability of ids that the tokenizer does not have: the largest seen, and whether any is
+    ever the argmax."""
+    known = len(tokenizer)
+    worst, wins = 0.0, False
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        logits = model(input_ids=ids).logits[0].float()
+        if logits.shape[-1] > known:
+            worst = max(worst, float(logits.softmax(-1)[:, known:].sum(-1).max()))
+            wins = wins or bool((logits.argmax(-1) >= known).any())
+    return worst, wins

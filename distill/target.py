@@ -1,0 +1,168 @@
+"""The target as a setting: any transformers causal LM, or the one that ships with the package."""
+
+import enum
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill.errors import UserError
+
+EMBEDDED = Path(__file__).resolve().parent / "embedded_target"
+SAMPLED_WEIGHTS = 64
+
+
+class Dtype(enum.Enum):
+    """Number format of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target in memory.
+
+    Attributes:
+        model: the causal LM, in evaluation mode.
+        tokenizer: its tokenizer.
+        path: what the user called it.
+        fingerprint: content hash of configuration and weights: row keys and drafter checkpoints
+            name the target by it, wherever it was loaded from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """Which model is the target, and how it is loaded.
+
+    Attributes:
+        path: a hub id or a local folder; "embedded" is the model that ships with the package.
+        revision: of a hub model.
+        dtype: auto is what the checkpoint is stored in.
+        device: auto takes the first GPU where there is one.
+        attention: transformers' attn_implementation, sdpa or eager; None lets it choose.
+        trust_remote_code: run code that the checkpoint brings along.
+    """
+
+    path: str = "embedded"
+    revision: str | None = None
+    dtype: Dtype = Dtype.float32
+    device: str = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` is given."""
+        return str(EMBEDDED) if self.path == "embedded" else self.path
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        self._check_folder()
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"cannot load the target's tokenizer: {first_line(error)}",
+                self.location,
+                "give target.path a folder that holds tokenizer files, or a hub id",
+            ) from error
+
+    def load(self) -> LoadedTarget:
+        """Model and tokenizer.
+
+        Raises:
+            UserError: nothing is there, it is not a causal LM, or the device is not.
+        """
+        tokenizer = self.load_tokenizer()
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            config = AutoConfig.from_pretrained(
+                self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            architectures = config.architectures or []
+            if config.is_encoder_decoder or (
+                architectures and not any(is_causal_lm(name) for name in architectures)
+            ):
+                raise UserError(
+                    f"{', '.join(architectures) or type(config).__name__} is not a causal LM",
+                    self.location,
+                    "choose a decoder-only language model as target.path",
+                )
+            model = AutoModelForCausalLM.from_pretrained(
+                self.location,
+                revision=self.revision,
+                dtype=self.dtype.value,
+                trust_remote_code=self.trust_remote_code,
+                attn_implementation=self.attention,
+            )
+            model = model.to(device).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"cannot load the target: {first_line(error)}",
+                self.location,
+                "check target.path, target.device and target.dtype",
+            ) from error
+        return LoadedTarget(model, tokenizer, self.path, fingerprint(model))
+
+    def _check_folder(self) -> None:
+        folder = Path(self.location)
+        looks_local = folder.is_absolute() or self.location.startswith((".", "~"))
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise UserError(
+                    "the folder holds no config.json, so it is not a complete transformers model",
+                    folder,
+                    "it may be half-written; give target.path another folder",
+                )
+        elif looks_local or self.location.count("/") > 1:
+            raise UserError("the target's folder does not exist", folder, "check target.path")
+
+
+def is_causal_lm(architecture: str) -> bool:
+    """Whether transformers' class name is that of a decoder with a language-model head."""
+    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Content hash of a model: names, shapes and a sample of every tensor's values.
+
+    It does not depend on where the checkpoint lies or how it is sharded.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, len(flat) // SAMPLED_WEIGHTS)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        sample = flat[::step].to(torch.bfloat16)  # whatever dtype it was loaded in
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which is where it says what is wrong."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
