@@ -3,6 +3,7 @@
 from decode.cached_model import CachedModel, ModelOutput
 from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
 from decode.draft import Draft
+from decode.layout import lay_out_for_decoding
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
 from decode.sampling import SamplingBatch, SamplingParams
 from decode.stats import GenerationStats, StepTrace
@@ -28,5 +29,6 @@ __all__ = [
     "Target",
     "TopLogprobs",
     "check_tokenizers",
+    "lay_out_for_decoding",
     "tokenizer_hash",
 ]

@@ -5,23 +5,25 @@ sequence writes at its own length, and only the accepted path is kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+NO_ROWS = slice(0, 0)
 
-@dataclass(frozen=True, slots=True)
-class Window:
+
+class Window(NamedTuple):
     """Which part of the cache one forward writes and reads.
 
     Attributes:
         starts: first position written in each slot: the tokens committed before it.
-        rows: the slots read: a slice where they are neighbours (no copy), else [B] indices.
-        slot: the slot of a single sequence, which is written by slices (several times faster), or
-            None.
+        slot: the slot of a single sequence, which is read and written by slices (several times
+            faster), or None.
+        rows: the slots read otherwise: a slice where they are neighbours (no copy), else [B]
+            indices.
         slots: [B, 1] slots written otherwise, on the cache's device.
         positions: [B, N] positions written otherwise; what lies behind the end of the cache is
             padding and goes to the scratch place.
@@ -29,8 +31,8 @@ class Window:
     """
 
     starts: list[int]
-    rows: slice | Tensor
     slot: int | None
+    rows: slice | Tensor
     slots: Tensor | None
     positions: Tensor | None
     num_keys: int
@@ -104,7 +106,7 @@ class SlotCache(Cache):
         self.num_slots = num_slots
         self.max_length = max_length
         self.lengths = [0] * num_slots
-        self.window = Window([], slice(0, 0), None, None, None, 0)
+        self.window = Window([], None, NO_ROWS, None, None, 0)
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def open(self, slots: Sequence[int], width: int, device: torch.device) -> Window:
@@ -112,14 +114,13 @@ class SlotCache(Cache):
         starts = [self.lengths[slot] for slot in slots]
         end = max(starts) + width
         if len(slots) == 1 and end <= self.max_length + 1:
-            slot = slots[0]
-            self.window = Window(starts, slice(slot, slot + 1), slot, None, None, end)
+            self.window = Window(starts, slots[0], NO_ROWS, None, None, end)
         else:
             positions = torch.tensor(starts)[:, None] + torch.arange(width)
             self.window = Window(
                 starts,
-                _as_slice(slots, device),
                 None,
+                _as_slice(slots, device),
                 torch.tensor(slots, device=device)[:, None],
                 positions.clamp(max=self.max_length).to(device),
                 min(end, self.max_length + 1),

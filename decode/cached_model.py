@@ -58,12 +58,14 @@ class CachedModel:
         self.cache = SlotCache(
             num_layers=config.num_hidden_layers, num_slots=num_slots, max_length=self.max_length
         )
-        self._masks = {
-            kind: MaskMaker(
+        windows = _windows(config)
+        self._kinds = list(windows)
+        self._makers = [
+            MaskMaker(
                 max_length=self.max_length, window=window, dtype=model.dtype, device=self.device
             )
-            for kind, window in _windows(config).items()
-        }
+            for window in windows.values()
+        ]
         self._positions = torch.arange(self.max_length + 1, device=self.device)[None]
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -92,24 +94,21 @@ class CachedModel:
             ancestors = tree.ancestors()
             depths = ancestors.sum(-1) - 1
             positions = torch.tensor(starts, device=self.device)[:, None] + depths
-            masks = {
-                kind: maker.tree(starts, ancestors, num_keys) for kind, maker in self._masks.items()
-            }
+            masks = [maker.tree(starts, ancestors, num_keys) for maker in self._makers]
         else:
             positions = (
-                self._positions[:, starts[0] : num_keys]
+                self._positions.narrow(1, starts[0], width)
                 if window.slot is not None
                 else window.positions
             )
-            masks = {
-                kind: maker.chain(starts, width, num_keys) for kind, maker in self._masks.items()
-            }
+            masks = [maker.chain(starts, width, num_keys) for maker in self._makers]
+        mask = masks[0] if len(masks) == 1 else dict(zip(self._kinds, masks, strict=True))
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
         output = self.model(
             input_ids=tokens,
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

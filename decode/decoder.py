@@ -33,7 +33,7 @@ class Request:
 
     id: str
     prompt: Sequence[int]
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
 
 
@@ -86,7 +86,8 @@ class _Sequence:
     length: int
     output: list[int] = field(default_factory=list)
     steps: list[StepTrace] = field(default_factory=list)
-    stats: GenerationStats = field(default_factory=GenerationStats)
+    seconds: Counter[str] = field(default_factory=Counter)
+    expected_accepted: float = 0.0
     logprobs: list[TopLogprobs] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     finish_reason: str | None = None
@@ -117,6 +118,7 @@ class SpeculativeDecoder:
         self.rule = rule or SpeculativeSampling()
         self.stopping = Stopping(target.eos_token_ids, tokenizer)
         self._tokens = torch.zeros(target.max_batch_size, target.max_length + 1, dtype=torch.long)
+        self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
         self._active: list[_Sequence] = []
         self._synchronize = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
@@ -166,7 +168,7 @@ class SpeculativeDecoder:
         }
         for sequence in active:
             for name, value in seconds.items():
-                sequence.stats.seconds[name] += value / len(active)
+                sequence.seconds[name] += value / len(active)
 
     def _conclude(
         self, sequences: list[_Sequence], context: Context, draft: Draft, output: ModelOutput
@@ -180,12 +182,14 @@ class SpeculativeDecoder:
         self._extend(sequences, emitted, acceptance, output)
 
     def _context(self, sequences: list[_Sequence]) -> Context:
-        slots = torch.tensor([sequence.slot for sequence in sequences])
-        lengths = torch.tensor([sequence.length for sequence in sequences])
+        slots = [sequence.slot for sequence in sequences]
+        lengths = [sequence.length for sequence in sequences]
+        neighbours = slots[-1] - slots[0] == len(slots) - 1
+        rows = slice(slots[0], slots[-1] + 1) if neighbours else slots
         return Context(
-            slots=slots,
-            tokens=self._tokens[slots, : int(lengths.max())],
-            lengths=lengths,
+            slots=torch.tensor(slots),
+            tokens=self._tokens[rows, : max(lengths)],
+            lengths=torch.tensor(lengths),
             room=torch.tensor([sequence.room - 1 for sequence in sequences]),
             hidden={
                 layer: pad_sequence([s.hidden[layer] for s in sequences], batch_first=True)
@@ -247,19 +251,11 @@ class SpeculativeDecoder:
         expected = acceptance.expected_accepted
         for row, sequence in enumerate(sequences):
             new = emitted[row][0]
-            if not sequence.steps:
-                sequence.stats.num_prefill_tokens += 1
-            else:
-                sequence.stats.add_step(
-                    depth=depths[row],
-                    num_drafted=drafted[row],
-                    num_tried=tried[row],
-                    num_accepted=accepted[row],
-                    num_emitted=len(new),
-                )
-            sequence.steps.append(StepTrace(drafted[row], accepted[row], len(new)))
+            sequence.steps.append(
+                StepTrace(drafted[row], depths[row], tried[row], accepted[row], len(new))
+            )
             if expected is not None:
-                sequence.stats.expected_accepted += float(expected[row])
+                sequence.expected_accepted += float(expected[row])
             if sequence.sampling.top_logprobs:
                 nodes = acceptance.path[row, : len(new)]
                 sequence.logprobs.append(
@@ -278,7 +274,7 @@ class SpeculativeDecoder:
             sequence.output += new
             sequence.finish_reason = reason
             end = sequence.length + len(new)
-            self._tokens[sequence.slot, sequence.length : end] = torch.tensor(new)
+            self._buffer[sequence.slot, sequence.length : end] = new
             sequence.length = end
             if output.hidden:
                 nodes = acceptance.path[row, : len(new)]
@@ -315,7 +311,7 @@ class SpeculativeDecoder:
                 generator=generator_for(request.seed, request.id),
                 length=len(request.prompt),
             )
-            self._tokens[slot, : sequence.length] = torch.tensor(request.prompt)
+            self._buffer[slot, : sequence.length] = request.prompt
             entering.append(sequence)
         if not entering:
             return False
@@ -331,7 +327,7 @@ class SpeculativeDecoder:
         self._conclude(entering, context, Draft.chain(roots.to(self.target.device)), output)
         spent = (self._now() - started) / len(entering)
         for sequence in entering:
-            sequence.stats.seconds["prefill"] += spent
+            sequence.seconds["prefill"] += spent
         # Neighbouring slots are read without a copy, so the batch is kept in slot order.
         self._active = sorted([*self._active, *entering], key=lambda sequence: sequence.slot)
         yield from self._retire()
@@ -351,11 +347,14 @@ class SpeculativeDecoder:
                 if sequence.logprobs
                 else None
             )
+            stats = GenerationStats.of(sequence.steps)
+            stats.expected_accepted = sequence.expected_accepted
+            stats.seconds = dict(sequence.seconds)
             yield GenerationResult(
                 sequence.request.id,
                 sequence.output,
                 sequence.finish_reason or "length",
-                sequence.stats,
+                stats,
                 sequence.steps,
                 logprobs,
             )

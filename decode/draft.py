@@ -4,6 +4,7 @@ Shape legend: B sequences, N nodes (root included), V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,12 +43,8 @@ class Draft:
         cls, tokens: Tensor, *, num_nodes: Tensor | None = None, probs: Tensor | None = None
     ) -> "Draft":
         """Chains from `tokens` [B, N], roots first; `num_nodes` [B] where they differ in length."""
-        batch, width = tokens.shape
-        device = tokens.device
-        parents = torch.arange(-1, width - 1, device=device).expand(batch, width)
-        if num_nodes is None:
-            num_nodes = torch.full((batch,), width, device=device)
-        return cls(tokens, parents, num_nodes, probs, is_chain=True)
+        parents, full = _chain_of(*tokens.shape, tokens.device)
+        return cls(tokens, parents, full if num_nodes is None else num_nodes, probs, is_chain=True)
 
     @classmethod
     def from_lists(
@@ -125,3 +122,10 @@ class Draft:
             raise ValueError("only node 0 may be a root")
         if self.num_nodes.min() < 1 or self.num_nodes.max() > self.tokens.shape[1]:
             raise ValueError(f"num_nodes must lie in 1..{self.tokens.shape[1]}")
+
+
+@lru_cache(maxsize=64)
+def _chain_of(batch: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Parents [B, N] and number of nodes [B] of full chains; the same for every step."""
+    parents = torch.arange(-1, width - 1, device=device).expand(batch, width)
+    return parents, torch.full((batch,), width, device=device)

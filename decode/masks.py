@@ -77,7 +77,7 @@ class MaskMaker:
         return self._additive(sees)
 
     def _from_template(self, start: int, width: int, num_keys: int) -> Tensor:
-        """A view of one matrix in which every chain of this width stands ready.
+        """A part of one matrix in which every chain of this width stands ready.
 
         Column j of a mask that starts at `start` is column j + max_length - start of the template.
         """
@@ -87,7 +87,8 @@ class MaskMaker:
             queries = self.max_length + torch.arange(width, device=self.device)[None, :, None]
             template = self._templates[width] = self._additive(self._sees(queries, keys))
         shift = self.max_length - start
-        return template[..., shift : shift + num_keys]
+        # Copied once here, or sdpa would do so in every layer.
+        return template.narrow(3, shift, num_keys).contiguous()
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         sees = keys <= queries

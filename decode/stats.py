@@ -1,6 +1,6 @@
 """What a generation did: sums and counts only, so that figures add over sequences and runs."""
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -10,10 +10,19 @@ class StepTrace:
 
     The emitted tokens are the accepted ones and then the target's own token: a bonus where the
     whole draft was accepted, recovered otherwise. An EOS inside the accepted path, or the length
-    limit, cuts them: then `num_emitted` <= `num_accepted`.
+    limit, cuts them: then `num_emitted` is `num_accepted`.
+
+    Attributes:
+        num_drafted: tokens in the draft.
+        depth: how deep the draft reached below the root; of a chain, its length.
+        num_tried: draft tokens that were tried; those behind a rejection were not.
+        num_accepted: draft tokens that were accepted.
+        num_emitted: tokens added to the output.
     """
 
     num_drafted: int
+    depth: int
+    num_tried: int
     num_accepted: int
     num_emitted: int
 
@@ -51,7 +60,7 @@ class GenerationStats:
     num_tried_per_pos: list[int] = field(default_factory=list)
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     expected_accepted: float = 0.0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def block_efficiency(self) -> float:
@@ -90,21 +99,22 @@ class GenerationStats:
         num_tokens = self.num_prefill_tokens + self.num_emitted_tokens
         return num_tokens / self.total_seconds if self.seconds else float("nan")
 
-    def add_step(
-        self, *, depth: int, num_drafted: int, num_tried: int, num_accepted: int, num_emitted: int
-    ) -> None:
-        """Count one step of one sequence; `depth` is how deep its draft reached."""
-        self.num_steps += 1
-        self.num_emitted_tokens += num_emitted
-        if num_drafted == 0:
-            return
-        self.num_drafts += 1
-        self.num_draft_tokens += num_drafted
-        self.num_tried_tokens += num_tried
-        self.num_accepted_tokens += num_accepted
-        _count_up_to(self.num_drafts_per_pos, depth)
-        _count_up_to(self.num_tried_per_pos, min(num_accepted + 1, depth))
-        _count_up_to(self.num_accepted_tokens_per_pos, num_accepted)
+    @classmethod
+    def of(cls, steps: Sequence[StepTrace]) -> "GenerationStats":
+        """The counts of one sequence's steps, the prompt's own forward first."""
+        stats = cls(
+            num_steps=len(steps) - 1, num_prefill_tokens=sum(s.num_emitted for s in steps[:1])
+        )
+        for step in steps[1:]:
+            stats.num_emitted_tokens += step.num_emitted
+            stats.num_drafts += step.num_drafted > 0
+            stats.num_draft_tokens += step.num_drafted
+            stats.num_tried_tokens += step.num_tried
+            stats.num_accepted_tokens += step.num_accepted
+            _count_up_to(stats.num_drafts_per_pos, step.depth)
+            _count_up_to(stats.num_tried_per_pos, min(step.num_accepted + 1, step.depth))
+            _count_up_to(stats.num_accepted_tokens_per_pos, step.num_accepted)
+        return stats
 
     def __add__(self, other: "GenerationStats") -> "GenerationStats":
         """Both together."""
@@ -122,7 +132,10 @@ class GenerationStats:
                 self.num_accepted_tokens_per_pos, other.num_accepted_tokens_per_pos
             ),
             expected_accepted=self.expected_accepted + other.expected_accepted,
-            seconds=Counter({**self.seconds}) + Counter({**other.seconds}),
+            seconds={
+                name: self.seconds.get(name, 0.0) + other.seconds.get(name, 0.0)
+                for name in self.seconds | other.seconds
+            },
         )
 
 
@@ -134,6 +147,4 @@ def _count_up_to(counts: list[int], length: int) -> None:
 
 def _added(a: list[int], b: list[int]) -> list[int]:
     width = max(len(a), len(b))
-    return [
-        (a[i] if i < len(a) else 0) + (b[i] if i < len(b) else 0) for i in range(width)
-    ]
+    return [(a[i] if i < len(a) else 0) + (b[i] if i < len(b) else 0) for i in range(width)]

@@ -53,7 +53,9 @@ class Stopping:
     ) -> int | None:
         """Index of the new token that completes a stop string."""
         if self.tokenizer is None:
-            raise ValueError(f"stop strings {stop} need a tokenizer: SpeculativeDecoder(tokenizer=)")
+            raise ValueError(
+                f"stop strings {stop} need a tokenizer: SpeculativeDecoder(tokenizer=)"
+            )
         # A stop string of n characters spans at most n tokens that carry text; twice that leaves
         # room for tokens that carry none.
         tail = list(output[-2 * max(map(len, stop)) - 8 :])

@@ -81,9 +81,7 @@ class Target:
                 fed[row] -= 1
             self.cached.cache.commit(slots, fed)
         read = [{layer: torch.cat(parts) for layer, parts in row.items()} for row in states]
-        at_root = {
-            layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers
-        }
+        at_root = {layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers}
         logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]
         before = [{layer: tokens[:-1] for layer, tokens in row.items()} for row in read]
         return ModelOutput(logits, at_root), before

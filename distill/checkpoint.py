@@ -128,7 +128,7 @@ def save(
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _fsync(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -168,12 +168,13 @@ def prune(folder: Path, *, keep: int, best: int | None) -> None:
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file through to the disk; returns its sha256."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    _fsync(path)
+    fsync(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

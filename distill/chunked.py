@@ -10,7 +10,7 @@ Shape legend: T tokens to be predicted, D hidden size, V vocabulary.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def projected_loss(
     )
     if not any(wanted):
         return terms
-    loss = _WithGradients.apply(terms.loss, *inputs, *gradients)
+    loss = cast(Any, _WithGradients).apply(terms.loss, *inputs, *gradients)
     return LossTerms(loss, terms.num_tokens, terms.metrics)
 
 

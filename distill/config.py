@@ -8,19 +8,15 @@ the user as one sentence. No other module knows how objects come out of a config
 
 import copy
 import dataclasses
-import difflib
-import errno
 import functools
 import importlib
-import itertools
 import operator
 import os
 import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,11 +25,10 @@ import hydra
 import psutil
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from distill.errors import UserError
+from distill.explain import help_page, nearest, one_sentence
 
 # The dataclasses behind the config groups. An option, conf/<group>/<option>.yaml, names one by
 # `defaults: [/schema/<group>/<name>@_here_]`.
@@ -84,14 +79,18 @@ def command(name: str, settings: type[Any]) -> Callable[[], None]:
         sentence on the user's mistakes, with 130 on Ctrl-C.
     """
 
+    if settings.__module__ == "__main__":  # python -m distill.train: the class others know
+        main_module = typing.cast(Any, sys.modules["__main__"])
+        settings = vars(importlib.import_module(main_module.__spec__.name))[settings.__name__]
+
     def task(config: DictConfig) -> None:
-        with _one_sentence(name):  # inside, for Hydra meets what leaves a task with a traceback
+        with one_sentence(name):  # inside, for Hydra meets what leaves a task with a traceback
             _construct_command(settings, config).run()
 
     def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises and leaves the wording to us
         sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # argparse wants them in one piece
-        with _one_sentence(name):
+        with one_sentence(name):
             register(name, settings)
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
 
@@ -108,8 +107,11 @@ def register(name: str, settings: type[Any]) -> None:
     trusted: Any = ("trusted_packages", list[str], dataclasses.field(default_factory=list))
     schema = dataclasses.make_dataclass(settings.__name__, [*_schema_fields(settings), trusted])
     store.store(name=f"{name}_schema", node=schema)
-    store.store(group="hydra/help", name="draftsmith", node={"template": _help(name)})
+    store.store(
+        group="hydra/help", name="draftsmith", node={"template": help_page(name, Path(conf_dir()))}
+    )
     OmegaConf.register_new_resolver("started", _started, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("required", _required, replace=True)
 
 
 def schema_of(component: type[Any]) -> type[Any]:
@@ -150,7 +152,12 @@ def _schema_fields(component: type[Any]) -> list[Any]:
         hint = _schema_type(hints[field.name])
         if hint is Any and dataclasses.is_dataclass(value):
             value = MISSING  # a plug point: its group chooses, and brings the schema along
-        default = functools.partial(copy.deepcopy, _schema_value(value))
+        value = _schema_value(value)
+        if typing.get_origin(hint) is dict:  # `drafters.mine=...` may add what is not there yet
+            item = typing.get_args(hint)[1]
+            value = DictConfig({} if value == MISSING else value, key_type=str, element_type=item)
+            OmegaConf.set_struct(value, False)
+        default = functools.partial(copy.deepcopy, value)
         fields.append((field.name, hint, dataclasses.field(default_factory=default)))
     return fields
 
@@ -192,10 +199,10 @@ def _schema_value(value: Any) -> Any:
 def _build(value: Any, hint: Any, trusted: tuple[str, ...], where: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     inner = next((typing.get_args(o) for o in options if typing.get_origin(o)), ())
+    exact = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
     if isinstance(value, dict):
-        if "_target_" in value:
+        if "_target_" in value or len(exact) == 1:
             fields = {key: item for key, item in value.items() if key != "_target_"}
-            exact = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
             component = exact[0] if len(exact) == 1 else _import(value["_target_"], trusted, where)
             return _construct(component, fields, trusted, where)
         return {
@@ -217,12 +224,12 @@ def _construct(
     prefix = f"{where}." if where else ""
     if unknown := [key for key in fields if key not in known]:
         key = f"{prefix}{unknown[0]}"
-        raise UserError(f"unknown key {key!r}", None, _nearest(key, known))
+        raise UserError(f"unknown key {key!r}", None, nearest(key, known))
     built = {k: _build(v, hints[k], trusted, prefix + k) for k, v in fields.items()}
     try:
         return component(**built)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error), f"config {where}" if where else None) from error
+        raise UserError(str(error), where or None) from error
 
 
 def _import(path: str, trusted: tuple[str, ...], where: str) -> type[Any]:
@@ -234,25 +241,29 @@ def _import(path: str, trusted: tuple[str, ...], where: str) -> type[Any]:
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"cannot import {path!r}", f"config {where}", str(error)) from error
+            raise UserError(f"cannot import {path!r}", where or None, str(error)) from error
     # The class's own module counts: a name that distill.x has imported must not pass as ours.
     ours = isinstance(found, type) and f"{found.__module__}.".startswith(allowed)
     if not isinstance(found, type) or not ours or not dataclasses.is_dataclass(found):
         hint = f"trusted_packages=[{path.split('.')[0]}] allows it if you trust that code"
-        raise UserError(f"{path!r} is no settings class of draftsmith", f"config {where}", hint)
+        raise UserError(f"{path!r} is no settings class of draftsmith", where or None, hint)
     return found
 
 
 def _construct_command(settings: type[Any], config: DictConfig) -> Any:
     """The command object of a composed config; the resolved config is kept in the output."""
     if missing := sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{missing[0]!r} has no value", None, f"give one: {missing[0]}=...")
+        _required(missing[0])
     if "output" in config:
         config.output = HydraConfig.get().runtime.output_dir
         OmegaConf.save(config, Path(config.output) / ".hydra" / "config.yaml", resolve=True)
     fields = typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     trusted = tuple(f"{package}." for package in fields.pop("trusted_packages"))
     return _construct(settings, fields, trusted, "")
+
+
+def _required(key: str) -> typing.NoReturn:
+    raise UserError(f"{key!r} has no value", None, f"give one: {key}=...")
 
 
 def _is_override(argument: str) -> bool:
@@ -267,101 +278,3 @@ def _started() -> str:
     launcher = psutil.Process(os.getppid()) if "LOCAL_RANK" in os.environ else None
     seconds = launcher.create_time() if launcher else time.time()
     return time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(seconds))
-
-
-@contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        stop = "stopped; what was written is kept; run the same command again to go on"
-        _fail(name, stop, 130)
-    except BrokenPipeError:  # `draftsmith inspect | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        _fail(name, sentence, 2)
-
-
-def _fail(name: str, sentence: str, code: int) -> typing.NoReturn:
-    sys.stdout.flush()
-    print(f"draftsmith {name}: {sentence}", file=sys.stderr)
-    raise SystemExit(code) from None
-
-
-def explain(error: Exception) -> str | None:
-    """One sentence for a mistake the user can mend; None for an error of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OverrideParseException):
-        quoted = f"'{error.override.split('=')[0]}=\"...\"'"
-        return f"cannot read {error.override!r}; write key=value, odd characters quoted: {quoted}"
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group} has no option {option!r}; {_nearest(option, error.options)}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        return _explain_config(cause)
-    return _explain_os(error)
-
-
-def _explain_config(error: Exception) -> str:
-    key = getattr(error, "full_key", None) or ""
-    first = str(error).splitlines()[0].rstrip(".")
-    if isinstance(error, ConfigKeyError | AttributeError) and key:
-        parent = getattr(error, "parent_node", None)
-        known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-        return f"unknown key {key!r}; {_nearest(key, known)}"
-    if isinstance(error, ValidationError) and key:
-        return f"{key}: {first[0].lower()}{first[1:]}"
-    return " ".join(str(error).split())
-
-
-def _explain_os(error: Exception) -> str | None:
-    number = error.errno if isinstance(error, OSError) else None
-    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return f"the disk is full{where}; free some space and run the same command again to go on"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write or read{where}; choose another folder, output=FOLDER"
-    return None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """What was probably meant, and all there is; of a dotted key, `known` are the siblings."""
-    parent, dot, last = word.rpartition(".")
-    names = sorted(name for name in known if not name.startswith("_") and name != "hydra")
-    close = difflib.get_close_matches(last, names, n=1)
-    guess = f"did you mean {parent + dot + close[0]!r}? " if close else ""
-    return f"{guess}there are: {', '.join(names)}" if names else "nothing can be set there"
-
-
-def _help(name: str) -> str:
-    """The help page: the comment that heads conf/<name>.yaml, then its groups and their options."""
-    root = Path(conf_dir())
-    choices: dict[str, list[str]] = {}  # group -> the keys it fills, as they are overridden
-    for entry in OmegaConf.load(root / f"{name}.yaml").defaults:
-        key = str(next(iter(entry))) if isinstance(entry, DictConfig) else ""
-        if key and not key.startswith("override "):
-            choices.setdefault(key.partition("@")[0], []).append(key)
-    lines = [*_heading(root / f"{name}.yaml"), "", "Choose (group=option):"]
-    for group, keys in choices.items():
-        texts = {file.stem: _heading(file)[0] for file in sorted((root / group).glob("*.yaml"))}
-        if group == "experiment":
-            texts = {option: text for option, text in texts.items() if f" {name} " in text}
-        lines += [f"  {', '.join(keys)}"] if texts else []
-        lines += [f"    {option:<21} {text}" for option, text in texts.items()]
-    lines += ["", "Set (key=value; these are the values of the choices above):", ""]
-    text = "\n".join(lines).replace("$", "$$")
-    flags = "--cfg job prints the config, --multirun a=1,2 runs each; draftsmith --help tells more"
-    return f"{text}\n$CONFIG\n{flags}"
-
-
-def _heading(path: Path) -> list[str]:
-    """The comment at the top of a file, without Hydra's own first line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    return [line[2:] for line in comment if not line.startswith("# @")] or [""]

@@ -21,7 +21,9 @@ def forward_kl(target_logits: Tensor, draft_logits: Tensor, *, temperature: floa
     Returns:
         [T].
     """
-    target_logprobs = (target_logits.detach() / temperature).log_softmax(-1)
-    draft_logprobs = (draft_logits / temperature).log_softmax(-1)
+    target_logits = target_logits.detach()
+    if temperature != 1:  # a pass over [T, V] each, so only where it changes something
+        target_logits, draft_logits = target_logits / temperature, draft_logits / temperature
+    target_logprobs, draft_logprobs = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
     divergence = (target_logprobs.exp() * (target_logprobs - draft_logprobs)).sum(-1)
     return divergence * temperature**2

@@ -114,11 +114,14 @@ def write_card(folder: Path, measured: str) -> None:
 
 def measured_in_training(description: Mapping[str, Any]) -> str:
     """The figures that training left in the drafter's description, as a Markdown passage."""
-    measured = description.get("measured")
-    if not measured:
+    measured = description.get("measured") or {}
+    if "tau" not in measured:
         return "Nothing was measured yet: `draftsmith evaluate` does."
-    figures = "\n".join(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in measured.items())
-    return f"On held-out prompts, while training:\n\n| | |\n| --- | --- |\n{figures}"
+    return (
+        f"On {measured['num_prompts']} held-out prompts, at the end of training, with drafts of "
+        f"{measured['draft_length']} tokens: τ = {measured['tau']:.3f} tokens per target pass, "
+        f"α = {measured['alpha']:.3f} of the tried draft tokens accepted."
+    )
 
 
 def _load(folder: str, dtype: Dtype) -> PreTrainedModel:

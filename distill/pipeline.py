@@ -10,13 +10,14 @@ from typing import Any
 from decode import SamplingParams
 from distill.batches import SeqKD
 from distill.config import command
+from distill.drafter_folder import DESCRIPTION
 from distill.errors import UserError
 from distill.evaluate import Evaluate
 from distill.export import Export, write_card
 from distill.generate import Generate
 from distill.loop import TrainerSettings
 from distill.prompts import PromptSettings, StandardLibraryPrompts
-from distill.drafter_folder import DESCRIPTION
+from distill.report.figures import load_results
 from distill.run_folder import content_hash, write_json
 from distill.store import RowStore
 from distill.target import TargetSettings
@@ -151,12 +152,10 @@ class Pipeline:
         inputs = [evaluate, *[(path / DESCRIPTION).read_text() for path in drafters.values()]]
         self._once("report", inputs, results, evaluate.run)
         for name, path in drafters.items():
-            write_card(path, measured_in_evaluation(results, name))
+            write_card(path, measured_in_evaluation(load_results(evaluate.output), name))
         return evaluate.output / "report.html"
 
-    def _once(
-        self, step: str, inputs: object, product: Path, run: Callable[[], object]
-    ) -> None:
+    def _once(self, step: str, inputs: object, product: Path, run: Callable[[], object]) -> None:
         """Run a step, unless its product is there and was made from the same inputs.
 
         A step's name is its folder below `output`. What was made there from other inputs is put
@@ -178,6 +177,29 @@ class Pipeline:
         write_json(record, {**steps, step: now})
         print(f"[{step}]")
         run()
+
+
+def measured_in_evaluation(results: Mapping[str, Any], name: str) -> str:
+    """One drafter's figures of the final comparison, as a Markdown passage for its card."""
+    d = results["drafters"][name]
+    figures = {
+        "τ, tokens per target pass": d["block_efficiency"],
+        "α, accepted / tried draft tokens": d["alpha"],
+        "speedup over our autoregressive loop": d["speedup_over_autoregressive"],
+        "speedup over transformers' generate": d["speedup_over_transformers"],
+    }
+    rows = "\n".join(
+        f"| {figure} | {x['value']:.3f} | {x['low']:.3f} to {x['high']:.3f} |"
+        for figure, x in figures.items()
+        if x is not None
+    )
+    settings = results["settings"]
+    return (
+        f"`draftsmith evaluate`, drafts of {settings['draft_length']} tokens, temperature "
+        f"{settings['sampling']['temperature']}, {results['num_prompts']} prompts; output "
+        f"{results['exactness']}; 95 % bootstrap intervals.\n\n"
+        f"| figure | value | interval |\n| --- | --- | --- |\n{rows}"
+    )
 
 
 main = command("pipeline", Pipeline)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SPLITS = {"target": range(0, 76), "distill": range(76, 92), "evaluate": range(92, 100)}
+SPLITS = {"target": range(76), "distill": range(76, 92), "evaluate": range(92, 100)}
 MIN_PIECE_CHARS = 1200
 LONG_CLASS_CHARS = 4000
 MAX_MODULE_BYTES = 400_000

@@ -46,16 +46,15 @@ class MetricsFile:
                 if step <= resumed_step:
                     kept.append(f"{line}\n")
         write_text(path, "".join(kept))
-        self._file = path.open("a")
+        self._path = path
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Append a line; it is in the file when this returns."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def finish(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is left to write."""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -8,46 +8,149 @@ rounds: assisted steps of theirs and ours draft and accept the same tokens, so t
 times is that of speeds. `--json FILE` writes
 
     assisted_over_transformers_assisted        their assisted step / our assisted step
-    autoregressive_over_transformers_generate  their greedy step / our autoregressive step
+    autoregressive_over_transformers_generate  our autoregressive tokens/s / their greedy ones
     loop_overhead_fraction                     our assisted step outside the two models' forwards
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from decode import Drafter, Request, SamplingParams, SpeculativeDecoder, Target
+from decode import (
+    Drafter,
+    Request,
+    SamplingParams,
+    SpeculativeDecoder,
+    Target,
+    lay_out_for_decoding,
+)
 from decode.drafters import LMDrafter, NoDrafter
 from distill.prompts import StandardLibraryPrompts
+
+
+Mode = Callable[[list[int]], list[int]]
+Round = dict[str, float]
 
 
 class Forwards:
     """Counts and times the forwards of a model, whoever calls it."""
 
     def __init__(self, model: PreTrainedModel):
-        self.calls, self.seconds, self._started = 0, 0.0, 0.0
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end)
+        self.calls, self.seconds = 0, 0.0
+        forward = model.forward
 
-    def _begin(self, *_: object) -> None:
-        self._started = time.perf_counter()
+        @functools.wraps(forward)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            output = forward(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            self.calls += 1
+            return output
 
-    def _end(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
-        self.calls += 1
+        model.forward = timed  # a hook would cost more than it measures
 
     def reset(self) -> None:
+        """Count from zero."""
         self.calls, self.seconds = 0, 0.0
 
 
+def load(folder: str) -> PreTrainedModel:
+    """A model in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ours(target: Target, drafter: Drafter, max_new_tokens: int) -> Mode:
+    """Our loop."""
+    decoder = SpeculativeDecoder(target, drafter)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+
+    def run(ids: list[int]) -> list[int]:
+        return decoder.generate([Request(id="0", prompt=ids, sampling=sampling)])[0].tokens
+
+    return run
+
+
+def theirs(target: PreTrainedModel, assistant: PreTrainedModel | None, max_new_tokens: int) -> Mode:
+    """The `generate` of transformers."""
+
+    def run(ids: list[int]) -> list[int]:
+        row = torch.tensor([ids])
+        with torch.inference_mode():
+            output = target.generate(
+                row,
+                attention_mask=torch.ones_like(row),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                assistant_model=assistant,
+            )
+        tokens: list[int] = output[0, len(ids) :].tolist()
+        return tokens
+
+    return run
+
+
+def time_rounds(
+    modes: dict[str, Mode],
+    prompts: list[list[int]],
+    targets: list[Forwards],
+    drafters: list[Forwards],
+    num_rounds: int,
+) -> tuple[dict[str, list[Round]], dict[str, int]]:
+    """Every mode on every prompt, interleaved, `num_rounds` times.
+
+    Returns:
+        the figures of each round, and how many outputs differ from the first mode's.
+    """
+    first = next(iter(modes.values()))
+    reference = [first(ids) for ids in prompts]
+    for run in modes.values():
+        run(prompts[0])
+    rounds: dict[str, list[Round]] = {name: [] for name in modes}
+    mismatches = dict.fromkeys(modes, 0)
+    for number in range(num_rounds):
+        sums = {name: dict.fromkeys(("wall", "steps", "target", "drafter"), 0.0) for name in modes}
+        num_tokens = 0
+        for index, (ids, expected) in enumerate(zip(prompts, reference, strict=True)):
+            num_tokens += len(expected)
+            shift = (number + index) % len(modes)
+            names = list(modes)
+            for name in names[shift:] + names[:shift]:
+                for counter in [*targets, *drafters]:
+                    counter.reset()
+                started = time.perf_counter()
+                tokens = modes[name](ids)
+                sums[name]["wall"] += time.perf_counter() - started
+                sums[name]["steps"] += sum(counter.calls for counter in targets)
+                sums[name]["target"] += sum(counter.seconds for counter in targets)
+                sums[name]["drafter"] += sum(counter.seconds for counter in drafters)
+                mismatches[name] += tokens != expected
+        for name, values in sums.items():
+            rounds[name].append(
+                {
+                    "step_ms": values["wall"] / values["steps"] * 1e3,
+                    "target_ms": values["target"] / values["steps"] * 1e3,
+                    "drafter_ms": values["drafter"] / values["steps"] * 1e3,
+                    "other": 1 - (values["target"] + values["drafter"]) / values["wall"],
+                    "tokens_per_second": num_tokens / values["wall"],
+                    "tokens_per_step": num_tokens / values["steps"],
+                }
+            )
+    return rounds, mismatches
+
+
 def main() -> None:
+    """Time, print, and write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,90 +165,34 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    target_model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
-    drafter_model = AutoModelForCausalLM.from_pretrained(args.drafter, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    prompts = [
-        prompt.ids
-        for prompt in StandardLibraryPrompts(split="evaluate", limit=args.prompts).load(tokenizer)
-    ]
-    settings = drafter_model.generation_config
+    # Theirs and ours are separate copies: ours may lay out its weights as it likes.
+    targets, drafters = [load(args.target) for _ in "ab"], [load(args.drafter) for _ in "ab"]
+    lay_out_for_decoding(targets[1])
+    lay_out_for_decoding(drafters[1])
+    counters = [[Forwards(model) for model in pair] for pair in (targets, drafters)]
+    settings = drafters[0].generation_config
     settings.num_assistant_tokens = args.draft_length
     settings.num_assistant_tokens_schedule = "constant"
     settings.assistant_confidence_threshold = 0.0
-    forwards = {"target": Forwards(target_model), "drafter": Forwards(drafter_model)}
-    target = Target(target_model, max_batch_size=1)
-    sampling = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
-
-    def ours(drafter: Drafter) -> Callable[[list[int]], list[int]]:
-        decoder = SpeculativeDecoder(target, drafter)
-
-        def run(ids: list[int]) -> list[int]:
-            return decoder.generate([Request(id="0", prompt=ids, sampling=sampling)])[0].tokens
-
-        return run
-
-    def theirs(assistant: PreTrainedModel | None) -> Callable[[list[int]], list[int]]:
-        def run(ids: list[int]) -> list[int]:
-            row = torch.tensor([ids])
-            with torch.inference_mode():
-                output = target_model.generate(
-                    row,
-                    attention_mask=torch.ones_like(row),
-                    max_new_tokens=args.max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                    assistant_model=assistant,
-                )
-            return output[0, len(ids) :].tolist()
-
-        return run
-
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    source = StandardLibraryPrompts(split="evaluate", limit=args.prompts)
+    prompts = [prompt.ids for prompt in source.load(tokenizer)]
+    target = Target(targets[1], max_batch_size=1)
+    drafter = LMDrafter(drafters[1], target=target, draft_length=args.draft_length)
     modes = {
-        "transformers generate": theirs(None),
-        "ours, autoregressive": ours(NoDrafter()),
-        "transformers assisted": theirs(drafter_model),
-        "ours, assisted": ours(
-            LMDrafter(drafter_model, target=target, draft_length=args.draft_length)
-        ),
+        "transformers generate": theirs(targets[0], None, args.max_new_tokens),
+        "ours, autoregressive": ours(target, NoDrafter(), args.max_new_tokens),
+        "transformers assisted": theirs(targets[0], drafters[0], args.max_new_tokens),
+        "ours, assisted": ours(target, drafter, args.max_new_tokens),
     }
-    reference = [modes["transformers generate"](ids) for ids in prompts]
-    for run in modes.values():
-        run(prompts[0])
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
-    mismatches = dict.fromkeys(modes, 0)
-    for _ in range(args.rounds):
-        sums = {name: dict.fromkeys(("wall", "steps", "target", "drafter"), 0.0) for name in modes}
-        for ids, expected in zip(prompts, reference, strict=True):
-            for name, run in modes.items():
-                for counter in forwards.values():
-                    counter.reset()
-                started = time.perf_counter()
-                tokens = run(ids)
-                sums[name]["wall"] += time.perf_counter() - started
-                sums[name]["steps"] += forwards["target"].calls
-                sums[name]["target"] += forwards["target"].seconds
-                sums[name]["drafter"] += forwards["drafter"].seconds
-                mismatches[name] += tokens != expected
-        for name, values in sums.items():
-            rounds[name].append(
-                {
-                    "step_ms": values["wall"] / values["steps"] * 1e3,
-                    "target_ms": values["target"] / values["steps"] * 1e3,
-                    "drafter_ms": values["drafter"] / values["steps"] * 1e3,
-                    "other": 1 - (values["target"] + values["drafter"]) / values["wall"],
-                    "tokens_per_second": len(prompts) * args.max_new_tokens / values["wall"],
-                    "tokens_per_step": len(prompts) * args.max_new_tokens / values["steps"],
-                }
-            )
+    rounds, mismatches = time_rounds(modes, prompts, *counters, args.rounds)
 
     def median(name: str, figure: str) -> float:
         return statistics.median(entry[figure] for entry in rounds[name])
 
-    def ratio(theirs: str, ours: str, figure: str) -> float:
-        """Median over rounds of the ratio within a round: slow phases of the machine cancel."""
-        pairs = zip(rounds[theirs], rounds[ours], strict=True)
+    def ratio(above: str, below: str, figure: str) -> float:
+        """Median of the ratio within a round: slow phases of the machine cancel."""
+        pairs = zip(rounds[above], rounds[below], strict=True)
         return statistics.median(a[figure] / b[figure] for a, b in pairs)
 
     print(
@@ -166,8 +213,9 @@ def main() -> None:
         "assisted_over_transformers_assisted": ratio(
             "transformers assisted", "ours, assisted", "step_ms"
         ),
-        "autoregressive_over_transformers_generate": 1
-        / ratio("transformers generate", "ours, autoregressive", "tokens_per_second"),
+        "autoregressive_over_transformers_generate": ratio(
+            "ours, autoregressive", "transformers generate", "tokens_per_second"
+        ),
         "loop_overhead_fraction": median("ours, assisted", "other"),
     }
     for name, value in figures.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
-from decode.sampling import SamplingBatch
+from decode.sampling import SamplingBatch, argmax
 
 
 @dataclass(frozen=True)
@@ -24,39 +24,27 @@ class Greedy:
 
     def accept(self, draft: Draft, target_logits: Tensor, sampling: SamplingBatch) -> Acceptance:
         """Judge `draft` by the argmax of the target's logits [B, N, V]."""
-        choice = target_logits.argmax(-1)  # [B, N] the target's token behind each node
-        if draft.tokens.shape[1] == 1:
-            none = torch.zeros_like(draft.num_nodes)
-            return Acceptance(none[:, None], none, choice[:, 0], none)
-        if draft.is_chain:
-            return _accept_chain(draft, choice)
-        return _accept_tree(draft, choice)
-
-
-def _accept_chain(draft: Draft, choice: Tensor) -> Acceptance:
-    batch, width = draft.tokens.shape
-    nodes = torch.arange(width, device=choice.device)
-    matches = (draft.tokens[:, 1:] == choice[:, :-1]) & (nodes[1:] < draft.num_nodes[:, None])
-    num_accepted = matches.long().cumprod(1).sum(1)
-    next_token = choice.gather(1, num_accepted[:, None])[:, 0]
-    path = torch.where(nodes <= num_accepted[:, None], nodes, -1)
-    num_tried = torch.minimum(num_accepted + 1, draft.num_nodes - 1)
-    return Acceptance(path, num_accepted, next_token, num_tried)
-
-
-def _accept_tree(draft: Draft, choice: Tensor) -> Acceptance:
-    batch, width = draft.tokens.shape
-    rows = torch.arange(batch, device=choice.device)
-    node = torch.zeros_like(draft.num_nodes)
-    path = torch.full_like(draft.tokens, -1)
-    path[:, 0] = 0
-    depth = torch.zeros_like(node)
-    num_tried = torch.zeros_like(node)
-    for n in range(1, width):  # parents come first: a node's children are met after it
-        tried = (draft.parents[:, n] == node) & (n < draft.num_nodes)
-        accepted = tried & (draft.tokens[:, n] == choice[rows, node])
-        num_tried += tried
-        node = torch.where(accepted, n, node)
-        depth += accepted
-        path[rows, depth] = node
-    return Acceptance(path, depth, choice[rows, node], num_tried)
+        device = target_logits.device
+        # The decoder needs the outcome on the host anyway, and there a walk down the tree is both
+        # the shortest and the fastest way to write this.
+        choices = argmax(target_logits).tolist()
+        tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+        paths, tried, next_tokens = [], [], []
+        for row, num_nodes in enumerate(draft.num_nodes.tolist()):
+            path = [0]
+            num_tried = 0
+            for node in range(1, num_nodes):  # parents come first: a child is met after its parent
+                if parents[row][node] == path[-1]:
+                    num_tried += 1
+                    if tokens[row][node] == choices[row][path[-1]]:
+                        path.append(node)
+            next_tokens.append(choices[row][path[-1]])
+            tried.append(num_tried)
+            paths.append(path)
+        width = draft.tokens.shape[1]
+        return Acceptance(
+            torch.tensor([path + [-1] * (width - len(path)) for path in paths], device=device),
+            torch.tensor([len(path) - 1 for path in paths], device=device),
+            torch.tensor(next_tokens, device=device),
+            torch.tensor(tried, device=device),
+        )

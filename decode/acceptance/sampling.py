@@ -52,7 +52,11 @@ def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accept
     num_drafted = draft.num_nodes - 1
     drafted = draft.tokens[:, 1:, None]
     p = target_probs[:, :-1].gather(2, drafted)[..., 0]
-    q = torch.ones_like(p) if draft.probs is None else draft.probs[:, :-1].gather(2, drafted)[..., 0]
+    q = (
+        torch.ones_like(p)
+        if draft.probs is None
+        else draft.probs[:, :-1].gather(2, drafted)[..., 0]
+    )
     accepted = (uniforms[:, :-1] * q < p) & (nodes[1:] < draft.num_nodes[:, None])
     num_accepted = accepted.long().cumprod(1).sum(1)
     num_tried = torch.minimum(num_accepted + 1, num_drafted)
@@ -87,7 +91,7 @@ def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accepta
         uniforms: [B, N]; draw n - 1 judges node n, and the one at the number of drafted nodes
             chooses the next token.
     """
-    batch, width, vocab = target_probs.shape
+    batch, width, _ = target_probs.shape
     rows = torch.arange(batch, device=target_probs.device)
     node = torch.zeros_like(draft.num_nodes)
     path = torch.full_like(draft.tokens, -1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from decode.cached_model import CachedModel
 from decode.draft import Draft
 from decode.protocols import Acceptance, Context, Drafter
-from decode.sampling import draw
+from decode.sampling import argmax, draw
 from decode.target import Target
 
 
@@ -30,22 +30,24 @@ class LMDrafter(Drafter):
         a draft from there on.
 
         Raises:
-            ValueError: the model cannot draft with this runtime.
+            ValueError: the model cannot draft with this runtime, or is on another device.
         """
+        if model.device != target.device:
+            raise ValueError(f"the drafter is on {model.device}, the target on {target.device}")
         if draft_length < 1:
             raise ValueError(f"draft_length must be >= 1, got {draft_length}; or use NoDrafter")
         self.cached = CachedModel(
             model.eval(), num_slots=target.max_batch_size, max_length=target.max_length
         )
         self.draft_length = draft_length
-        self.vocab_size = target.vocab_size
+        self.surplus = target.vocab_size - self.cached.vocab_size
         self.device = target.device
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """Read the prompt but for its last token, which the first draft begins with."""
         self.cached.cache.release(slot)
         if 1 < len(prompt) <= self.cached.max_length:
-            tokens = prompt[None, :-1].to(self.cached.device)
+            tokens = prompt[None, :-1].to(self.device)
             self.cached.forward([slot], tokens, keep=[])
             self.cached.cache.commit([slot], [len(prompt) - 1])
 
@@ -70,13 +72,13 @@ class LMDrafter(Drafter):
         tokens, laws = [roots], []
         for step in range(longest):
             if is_greedy:
-                token = logits.argmax(-1)
+                token = argmax(logits)[:, None]
             else:
                 laws.append(sampling.probs(logits))
-                token = draw(laws[-1], uniforms[:, step])
-            tokens.append(token[:, None])
+                token = draw(laws[-1], uniforms[:, step])[:, None]
+            tokens.append(token)
             if step + 1 < longest:
-                logits = self._logits(slots, token[:, None].to(self.cached.device))[:, -1]
+                logits = self._logits(slots, token)[:, -1]
                 self.cached.cache.commit(slots, [int(step + 1 < count) for count in counts])
         # Row n is the law of node n's children; the last node has none.
         probs = None if is_greedy else torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
@@ -107,7 +109,7 @@ class LMDrafter(Drafter):
         width = max(missing)
         columns = torch.tensor(cached)[:, None] + torch.arange(width)
         tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
-        logits = self._logits(slots, tokens.to(self.cached.device))
+        logits = self._logits(slots, tokens.to(self.device))
         self.cached.cache.commit(slots, missing)
         if min(missing) == width:
             return logits[:, -1]
@@ -116,8 +118,8 @@ class LMDrafter(Drafter):
 
     def _logits(self, slots: list[int], tokens: Tensor) -> Tensor:
         """[B, N, V] over the target's vocabulary."""
-        logits = self.cached.forward(slots, tokens).logits.to(self.device)
-        surplus = self.vocab_size - logits.shape[-1]
-        if surplus > 0:
-            return torch.nn.functional.pad(logits, (0, surplus), value=-torch.inf)
-        return logits[..., : self.vocab_size]
+        logits = self.cached.forward(slots, tokens).logits
+        if self.surplus == 0:
+            return logits
+        # Ids that only the drafter has are cut off, ids that only the target has are impossible.
+        return torch.nn.functional.pad(logits, (0, self.surplus), value=-torch.inf)

@@ -64,6 +64,6 @@ def _load_lm(
     return LMDrafter(model.to(target.device), target=target, draft_length=draft_length)
 
 
-FAMILIES: dict[
-    str, Callable[[str, Target, int, PreTrainedTokenizerBase | None], Drafter]
-] = {"lm": _load_lm}
+FAMILIES: dict[str, Callable[[str, Target, int, PreTrainedTokenizerBase | None], Drafter]] = {
+    "lm": _load_lm
+}

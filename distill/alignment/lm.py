@@ -63,11 +63,11 @@ class PlainHead:
         linear = model.get_output_embeddings()
         if type(linear) is not nn.Linear or model.base_model is model:
             return None
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        plain = PlainHead(linear, softcap)
+        config = model.config.get_text_config()
+        plain = PlainHead(linear, getattr(config, "final_logit_softcapping", None))
         was_training = model.training
         model.eval()
-        tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        tokens = torch.arange(8, device=model.device)[None] % config.vocab_size
         logits = model(input_ids=tokens, use_cache=False).logits[0]
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         model.train(was_training)
@@ -108,11 +108,14 @@ def attention_masks(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
+    device = sees.device.type
+    is_half = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_half else model.dtype
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     if not kinds:
-        return _additive(_within(sees, window), model.dtype)
+        return _additive(_within(sees, window), dtype)
     masks = {
-        kind: _additive(_within(sees, window if kind == "sliding_attention" else None), model.dtype)
+        kind: _additive(_within(sees, window if kind == "sliding_attention" else None), dtype)
         for kind in kinds
     }
     return masks if len(masks) > 1 else masks[kinds[0]]

@@ -1,6 +1,8 @@
 """The Hydra tree: every option builds, every command composes, an experiment's values win."""
 
+import dataclasses
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ from distill import config
 from distill.cli import COMMANDS
 
 ROOT = Path(config.conf_dir())
-GROUPS = [path for path in sorted(ROOT.glob("*/*.yaml")) if path.parent.name != "experiment"]
+# The others are typed by the command's own field; that they compose is tested with the commands.
+GROUPS = [path for path in sorted(ROOT.glob("*/*.yaml")) if "/schema/" in path.read_text()]
 EXPERIMENTS = sorted(ROOT.glob("experiment/*.yaml"))
 # What an option leaves to the user, here with something that is accepted.
-GIVEN = {"path": "somewhere", "rows": "rows"}
+GIVEN = {
+    "target/hf": "target.path=somewhere",
+    "prompts/dataset": "prompts.path=prompts.jsonl",
+    "drafter/lm_from_checkpoint": "drafter.path=somewhere",
+}
 
 
 def path_id(path: Path) -> str:
@@ -43,10 +50,9 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("path", GROUPS, ids=path_id)
 def test_an_option_composes_and_builds_its_class(path: Path) -> None:
-    found = composed("empty", f"+{path.parent.name}={path.stem}")
-    for key in OmegaConf.missing_keys(found):
-        OmegaConf.update(found, key, GIVEN[key.rpartition(".")[2]])
-    node = found[path.parent.name]
+    option = path_id(path)
+    given = [GIVEN[option]] if option in GIVEN else []
+    node = composed("empty", f"+{option.replace('/', '=')}", *given)[path.parent.name]
     built = config.build(node)
     assert f"{type(built).__module__}.{type(built).__qualname__}" == node._target_
 
@@ -64,6 +70,16 @@ def test_a_command_composes_with_each_option_of_its_groups(name: str) -> None:
     for group in (g for g in groups if not g.startswith(("override", "experiment"))):
         for path in sorted((ROOT / group.split("@")[0]).glob("*.yaml")):
             composed(name, f"{group}={path.stem}")
+
+
+@pytest.mark.parametrize(("name", "module"), [(n, m) for n, (m, _) in COMMANDS.items()])
+def test_a_command_asks_only_for_what_has_no_default(name: str, module: str) -> None:
+    """A plug point with a default needs a group in conf/<command>.yaml that chooses it."""
+    fields = {field.name: field for field in dataclasses.fields(command_class(module))}
+    for key in OmegaConf.missing_keys(composed(name)):
+        field = fields[key.partition(".")[0]]
+        assert field.default is dataclasses.MISSING, key
+        assert field.default_factory is dataclasses.MISSING, key
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("**/*.yaml")), ids=path_id)
@@ -89,3 +105,14 @@ def leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
         return [(prefix.rstrip("."), node)]
     return [leaf for key, item in node.items() for leaf in leaves(item, f"{prefix}{key}.")]
+
+
+def test_what_an_option_cannot_know_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["draftsmith", "target=hf", f"output={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        config.command("generate", command_class("distill.generate"))()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error == "draftsmith generate: 'target.path' has no value; give one: target.path=...\n"

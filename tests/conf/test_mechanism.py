@@ -47,6 +47,8 @@ class Draw:
     pen: Pen
     shape: Shape
     shapes: dict[str, Shape] = field(default_factory=dict)
+    pens: dict[str, Pen] = field(default_factory=dict)
+    names: dict[str, str]
     title: str
     error: str = ""
     output: Path
@@ -123,6 +125,7 @@ def test_a_config_becomes_the_object(tree: Path, monkeypatch: pytest.MonkeyPatch
         Draw(
             pen=Pen(colour=Colour.blue, widths=(1,)),
             shape=Circle(radius=2.0, folder=Path("a/b")),  # type: ignore[arg-type]
+            names={},
             title="untitled",
             output=tree / "my folder",
         )
@@ -166,6 +169,16 @@ def test_an_experiment_wins_over_the_primary_file_and_loses_to_the_command_line(
     assert (drawn[0].title, drawn[0].shape.radius) == ("big", 3.0)  # type: ignore[attr-defined]
 
 
+def test_a_mapping_takes_new_names_but_no_unknown_keys(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(monkeypatch, "+pen@pens.big=thin", "pens.big.widths=[9]", "names.a=b") == 0
+    assert drawn[0].pens == {"big": Pen(widths=(9,))}
+    assert drawn[0].names == {"a": "b"}
+    assert draw(monkeypatch, "+pen@pens.big=thin", "pens.big.width=9") == 2
+    assert "did you mean 'pens.big.widths'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -179,12 +192,13 @@ def test_an_experiment_wins_over_the_primary_file_and_loses_to_the_command_line(
         (["title=a=b"], ["cannot read 'title=a=b'"]),
         (["title"], ["cannot read 'title'"]),
         (["title=${nothing}"], ["nothing"]),
-        (["shape.radius=-1"], ["radius must be >= 0, got -1.0 (config shape)"]),
+        (["shape.radius=-1"], ["radius must be >= 0, got -1.0 (shape)"]),
         (["shape=foreign"], ["'distill.config.os.system'"]),
         (["--multirun", "shape.radus=1,2"], ["unknown key 'shape.radus'"]),
         (["--cfg", "job", "shape.radus=1"], ["unknown key 'shape.radus'"]),
         (["--config-dir", "nowhere"], ["nowhere"]),
         (["error=user"], ["line 17 is no JSON (prompts.jsonl); mend it"]),
+        (["output=conf/draw.yaml"], ["there is a file where a folder is needed"]),
         (["error=disk"], ["the disk is full (rows/0001)"]),
     ],
     ids=lambda value: " ".join(value) if value and "=" in value[0] else "",

@@ -1,0 +1,259 @@
+"""From rows to batches: examples, packing, masks from ids, and a stream whose state is the step.
+
+Shape legend: B packs, L places of a pack.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distill.errors import UserError
+from distill.prompts import PromptSettings
+from distill.store import RowStore
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and its output, as ids.
+
+    Attributes:
+        prompt_ids: what is given.
+        output_ids: what is learnt.
+        learn_prompt: whether the prompt's tokens are learnt too.
+    """
+
+    prompt_ids: list[int]
+    output_ids: list[int]
+    learn_prompt: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        """All of it."""
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def loss_mask(self) -> list[bool]:
+        """Which tokens are learnt; the first never is, since nothing stands before it."""
+        mask = [self.learn_prompt] * len(self.prompt_ids) + [True] * len(self.output_ids)
+        return [False, *mask[1:]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeqKD:
+    """Rows that the target wrote (Kim & Rush 2016).
+
+    Attributes:
+        rows: the store's folder, `rows/` of a `draftsmith generate` run.
+        learn_prompt: learn the prompts' tokens too, which are not the target's.
+    """
+
+    rows: Path | None = None
+    learn_prompt: bool = False
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Every row, in the order of the keys.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.rows is None:
+            raise UserError("data.rows names no folder", hint="data.rows=runs/.../rows")
+        rows = sorted(RowStore(self.rows).rows(), key=lambda row: row.key)
+        if not rows:
+            raise UserError("there are no rows", self.rows, "run `draftsmith generate` first")
+        return [Example(row.prompt_ids, row.output_ids, self.learn_prompt) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The prompts with the text that follows them in the corpus: no target involved.
+
+    Attributes:
+        prompts: prompts with references.
+        max_new_tokens: how much of a reference is learnt.
+        learn_prompt: learn the prompts' tokens too.
+    """
+
+    prompts: PromptSettings
+    max_new_tokens: int = 128
+    learn_prompt: bool = False
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Every prompt that has a reference; EOS follows references that fit whole.
+
+        Raises:
+            UserError: no prompt has one.
+        """
+        prompts = [prompt for prompt in self.prompts.load(tokenizer) if prompt.reference]
+        if not prompts:
+            raise UserError(
+                "none of the prompts has a reference text to learn",
+                hint="name the column: data.prompts.reference_column=...",
+            )
+        references = tokenizer(
+            [str(prompt.reference) for prompt in prompts], add_special_tokens=False
+        )["input_ids"]
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [
+            Example(prompt.ids, [*ids, *eos][: self.max_new_tokens], self.learn_prompt)
+            for prompt, ids in zip(prompts, references, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packs of examples.
+
+    Example, the two examples (a | b c) and (d e | f) in a pack of 7 places::
+
+        input_ids     a b c d e f .
+        segment_ids   1 1 1 2 2 2 0
+        position_ids  0 1 2 0 1 2 0
+        loss_mask     F T T F F T F
+
+    Attributes:
+        input_ids: [B, L] int64.
+        position_ids: [B, L] int64; they start anew with every example.
+        segment_ids: [B, L] int64; the example within the pack, 0 is padding.
+        loss_mask: [B, L] bool; the token at this place is predicted from the place before.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    loss_mask: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.segment_ids.to(device),
+            self.loss_mask.to(device),
+        )
+
+    def attention_mask(self) -> Tensor:
+        """[B, 1, L, L] bool: the query sees its own example up to itself; padding sees padding."""
+        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        return (same & torch.ones_like(same[0]).tril())[:, None]
+
+
+Pack = list[Example]
+
+
+def pack(examples: Sequence[Example], sequence_length: int) -> list[Pack]:
+    """First fit: each example goes to the first pack that still has room for it.
+
+    Only the last few open packs are tried, which keeps this linear. Examples longer than a pack
+    are cut at the end.
+    """
+    packs: list[Pack] = []
+    room: list[int] = []
+    open_packs: list[int] = []
+    for example in examples:
+        if len(example.ids) > sequence_length:
+            kept = max(sequence_length - len(example.prompt_ids), 0)
+            example = replace(
+                example,
+                prompt_ids=example.prompt_ids[:sequence_length],
+                output_ids=example.output_ids[:kept],
+            )
+        size = len(example.ids)
+        for index in open_packs:
+            if room[index] >= size:
+                packs[index].append(example)
+                room[index] -= size
+                break
+        else:
+            packs.append([example])
+            room.append(sequence_length - size)
+            open_packs = [*open_packs, len(packs) - 1][-32:]
+    return packs
+
+
+def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
+    """Packs as tensors."""
+    shape = (len(packs), sequence_length)
+    input_ids, positions, segments = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, examples in enumerate(packs):
+        begin = 0
+        for number, example in enumerate(examples, start=1):
+            end = begin + len(example.ids)
+            input_ids[row, begin:end] = torch.tensor(example.ids)
+            positions[row, begin:end] = torch.arange(end - begin)
+            segments[row, begin:end] = number
+            loss_mask[row, begin:end] = torch.tensor(example.loss_mask)
+            begin = end
+    return Batch(input_ids, positions, segments, loss_mask)
+
+
+class BatchStream:
+    """Endless global batches; which one comes next hangs on the step number alone.
+
+    Each epoch shuffles the examples by (seed, epoch) and packs them; its last batch may be short.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], *, sequence_length: int, batch_size: int, seed: int
+    ):
+        """Batches of `batch_size` packs of `sequence_length` places.
+
+        Raises:
+            UserError: no example has a token to learn within the sequence length.
+        """
+        self.examples = list(examples)
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        if not any(any(example.loss_mask[:sequence_length]) for example in self.examples):
+            raise UserError(
+                f"no example has an output within {sequence_length} tokens",
+                hint="check the data, or raise trainer.sequence_length",
+            )
+        self._epoch_ends: list[int] = []  # step at which each epoch ends
+        self._current: tuple[int, list[Pack]] = (-1, [])
+
+    def __getitem__(self, step: int) -> list[Pack]:
+        """The packs of the global batch of `step`."""
+        epoch = 0
+        while True:
+            if epoch == len(self._epoch_ends):
+                begin = self._epoch_ends[-1] if self._epoch_ends else 0
+                packs = self._packs(epoch)
+                self._epoch_ends.append(begin + -(-len(packs) // self.batch_size))
+            if step < self._epoch_ends[epoch]:
+                break
+            epoch += 1
+        first = self._epoch_ends[epoch - 1] if epoch else 0
+        begin = (step - first) * self.batch_size
+        return self._packs(epoch)[begin : begin + self.batch_size]
+
+    def for_process(self, step: int, rank: int, world: int, micro_batch_size: int) -> list[Batch]:
+        """This process's share of a global batch, in micro-batches.
+
+        Every process gets as many micro-batches of the same shape; what is missing is filled with
+        empty packs, which have nothing to learn. The union over processes is the global batch, for
+        every number of processes.
+        """
+        packs = self[step]
+        share = -(-len(packs) // world)
+        share = -(-share // micro_batch_size) * micro_batch_size
+        mine = packs[rank::world]
+        mine = mine + [[] for _ in range(share - len(mine))]
+        return [
+            collate(mine[begin : begin + micro_batch_size], self.sequence_length)
+            for begin in range(0, share, micro_batch_size)
+        ]
+
+    def _packs(self, epoch: int) -> list[Pack]:
+        if self._current[0] != epoch:
+            order = list(self.examples)
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._current = (epoch, pack(order, self.sequence_length))
+        return self._current[1]

@@ -1,0 +1,426 @@
+"""`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from decode import (
+    AcceptanceRule,
+    Drafter,
+    Exactness,
+    GenerationResult,
+    GenerationStats,
+    Request,
+    SamplingParams,
+    SpeculativeDecoder,
+    Target,
+    lay_out_for_decoding,
+)
+from decode.acceptance import SpeculativeSampling
+from decode.drafters import NoDrafter, load_drafter
+from distill.config import command
+from distill.drafter_folder import check_target, find_drafter, read_description
+from distill.errors import UserError
+from distill.progress import Progress
+from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
+from distill.report.figures import (
+    AUTOREGRESSIVE,
+    TRANSFORMERS,
+    DrafterFigures,
+    Measurement,
+    Output,
+    figures,
+)
+from distill.report.html import Passage, page, verdicts
+from distill.report.plots import all_plots
+from distill.report.tables import as_csv, markdown, terminal
+from distill.run_folder import RunFolder, describe, environment, write_json, write_text
+from distill.target import LoadedTarget, TargetSettings
+
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+NUM_PASSAGES = 3
+
+Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Run target and drafters on prompts, interleaved, and compare them.
+
+    Attributes:
+        target: whose output is to be had faster.
+        drafters: name -> checkpoint folder; the first is the one others are paired with.
+        prompts: what is continued.
+        sampling: how.
+        acceptance: the rule.
+        draft_length: tokens per draft.
+        batch_size: prompts decoded together; these then are one unit of the statistics.
+        repeats: timings of each unit.
+        compare_transformers: time transformers' own `generate` too (batches of one only).
+        num_resamples: of the bootstrap.
+        num_threads: CPU threads; None leaves torch's choice.
+        title: of the report.
+        output: the run folder.
+        seed: of draws and bootstrap.
+    """
+
+    target: TargetSettings = field(default_factory=TargetSettings)
+    drafters: dict[str, str]
+    prompts: PromptSettings = field(
+        default_factory=lambda: StandardLibraryPrompts(split="evaluate", limit=32)
+    )
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    acceptance: AcceptanceRule = field(default_factory=SpeculativeSampling)
+    draft_length: int = 5
+    batch_size: int = 1
+    repeats: int = 1
+    compare_transformers: bool = True
+    num_resamples: int = 2000
+    num_threads: int | None = None
+    title: str = "Draftsmith evaluation"
+    output: Path
+    seed: int = 0
+
+    def run(self) -> Path:
+        """Measure what is not measured yet and write the report; returns its path.
+
+        Raises:
+            UserError: a drafter is unfinished or of another target, or the folder holds other work.
+        """
+        if not self.drafters or {AUTOREGRESSIVE, TRANSFORMERS} & self.drafters.keys():
+            raise UserError(
+                "there is no drafter to evaluate"
+                if not self.drafters
+                else f"a drafter cannot be called {AUTOREGRESSIVE!r} or {TRANSFORMERS!r}",
+                hint="name one: drafters.mine=FOLDER",
+            )
+        folders = {name: find_drafter(path) for name, path in self.drafters.items()}
+        settings = self._settings(folders)
+        folder = RunFolder(self.output, settings)
+        report = self.output / "report.html"
+        if folder.begin() is not None and report.is_file():
+            print(f"{self.output} is finished: {report}")
+            return report
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        target = self.target.load()
+        lay_out_for_decoding(target.model)
+        prompts = self.prompts.load(target.tokenizer)
+        modes = self._modes(target, folders, prompts)
+        measurements = self._measure(modes, prompts)
+        ties = self._compare(target, measurements, prompts)
+        drafters = figures(
+            measurements,
+            list(self.drafters),
+            is_greedy=self.sampling.temperature == 0,
+            ties=ties,
+            num_resamples=self.num_resamples,
+            seed=self.seed,
+        )
+        self._write(target, drafters, measurements, prompts, settings)
+        folder.finish({"report": report.name, "prompts": len(prompts)})
+        print(terminal(drafters, self._exactness()))
+        print("\n".join(verdicts(drafters)))
+        print(f"report: {report}")
+        return report
+
+    def _settings(self, folders: Mapping[str, str]) -> dict[str, object]:
+        """What decides the figures, the drafters' descriptions included."""
+        settings = dict(describe(self))
+        del settings["output"]
+        settings["descriptions"] = {name: read_description(path) for name, path in folders.items()}
+        return settings
+
+    def _exactness(self) -> str:
+        is_lossless = self.acceptance.exactness is Exactness.LOSSLESS
+        if is_lossless and self.sampling.temperature == 0:
+            return Exactness.GREEDY.value
+        return self.acceptance.exactness.value
+
+    def _modes(
+        self, target: LoadedTarget, folders: Mapping[str, str], prompts: Sequence[Prompt]
+    ) -> dict[str, Mode]:
+        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
+        context = target.model.config.get_text_config().max_position_embeddings
+        wrapped = Target(
+            target.model, max_batch_size=self.batch_size, max_length=min(longest, context)
+        )
+        modes: dict[str, Mode] = {AUTOREGRESSIVE: self._ours(target, wrapped, NoDrafter())}
+        if self.compare_transformers and self.batch_size == 1 and not self.sampling.stop:
+            modes[TRANSFORMERS] = self._theirs(target)
+        for name, path in folders.items():
+            check_target(read_description(path), path, target)
+            try:
+                drafter = load_drafter(
+                    path, target=wrapped, draft_length=self.draft_length, tokenizer=target.tokenizer
+                )
+            except ValueError as error:
+                raise UserError(str(error), hint=f"check drafters.{name}") from error
+            modes[name] = self._ours(target, wrapped, drafter)
+        return modes
+
+    def _ours(self, target: LoadedTarget, wrapped: Target, drafter: Drafter) -> Mode:
+        decoder = SpeculativeDecoder(wrapped, drafter, self.acceptance, tokenizer=target.tokenizer)
+
+        def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
+            requests = [
+                Request(id=p.id, prompt=p.ids, sampling=self.sampling, seed=self.seed)
+                for p in prompts
+            ]
+            started = time.perf_counter()
+            results = decoder.generate(requests)
+            return results, time.perf_counter() - started
+
+        return run
+
+    def _theirs(self, target: LoadedTarget) -> Mode:
+        """The `generate` of transformers, with the same sampling."""
+        params, model = self.sampling, target.model
+        eos = None if params.ignore_eos else model.generation_config.eos_token_id
+        is_sampling = params.temperature > 0
+        config = GenerationConfig(
+            max_new_tokens=params.max_new_tokens,
+            do_sample=is_sampling,
+            temperature=params.temperature if is_sampling else None,
+            top_k=params.top_k if is_sampling else None,
+            top_p=params.top_p if is_sampling else None,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+
+        def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
+            ids = torch.tensor([prompts[0].ids], device=model.device)
+            torch.manual_seed(self.seed)
+            started = time.perf_counter()
+            with torch.inference_mode():
+                output = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config
+                )
+            tokens = output[0, ids.shape[1] :].tolist()
+            seconds = time.perf_counter() - started
+            return [
+                GenerationResult(prompts[0].id, tokens, "length", GenerationStats(), [])
+            ], seconds
+
+        return run
+
+    def _measure(self, modes: Mapping[str, Mode], prompts: Sequence[Prompt]) -> list[Measurement]:
+        """Every mode on every unit; each line of measurements.jsonl is on disk as it comes."""
+        units = [
+            prompts[begin : begin + self.batch_size]
+            for begin in range(0, len(prompts), self.batch_size)
+        ]
+        journal = self.output / "measurements.jsonl"
+        done = read_journal(journal)
+        measured = {(m.unit, m.mode, m.repeat) for m in done}
+        if len(measured) < len(units) * len(modes) * self.repeats:
+            for run in modes.values():  # what is slow only once is not measured
+                run(units[0])
+        total = len(units) * len(modes) * self.repeats
+        with journal.open("a") as file, Progress(total, unit="runs", label="evaluate") as progress:
+            progress.skip(len(measured))
+            for repeat in range(self.repeats):
+                for index, unit in enumerate(units):
+                    # No mode always comes first, or behind the same other.
+                    names = list(modes)
+                    shift = (index + repeat) % len(names)
+                    for name in names[shift:] + names[:shift]:
+                        if (index, name, repeat) in measured:
+                            continue
+                        results, seconds = modes[name](unit)
+                        done.append(_measurement(index, name, repeat, results, seconds))
+                        file.write(json.dumps(asdict(done[-1])) + "\n")
+                        file.flush()
+                        progress.advance(1)
+            os.fsync(file.fileno())
+        return done
+
+    def _compare(
+        self, target: LoadedTarget, measurements: Sequence[Measurement], prompts: Sequence[Prompt]
+    ) -> dict[str, tuple[int, int]]:
+        """Greedy outputs against the autoregressive ones: mismatches, and near ties among them."""
+        by_id = {prompt.id: prompt for prompt in prompts}
+        outputs = {
+            (m.mode, output.prompt_id): output.tokens
+            for m in measurements
+            if m.repeat == 0
+            for output in m.outputs
+        }
+        ties = {}
+        for name in self.drafters:
+            wrong = [
+                prompt
+                for prompt in by_id.values()
+                if outputs[name, prompt.id] != outputs[AUTOREGRESSIVE, prompt.id]
+            ]
+            if self.sampling.temperature > 0:
+                wrong = []
+            near = sum(
+                is_near_tie(target, p, outputs[AUTOREGRESSIVE, p.id], outputs[name, p.id])
+                for p in wrong
+            )
+            ties[name] = (len(wrong), near)
+        return ties
+
+    def _write(
+        self,
+        target: LoadedTarget,
+        drafters: Sequence[DrafterFigures],
+        measurements: Sequence[Measurement],
+        prompts: Sequence[Prompt],
+        settings: Mapping[str, object],
+    ) -> None:
+        exactness = self._exactness()
+        about = environment()
+        facts = {
+            "command": shlex.join(["draftsmith", *sys.argv[1:]]),
+            "target": f"{target.path} ({target.fingerprint})",
+            "drafters": ", ".join(f"{name}: {path}" for name, path in self.drafters.items()),
+            "prompts": f"{len(prompts)}, {self.prompts}",
+            "sampling": self.sampling,
+            "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
+            "draft length": self.draft_length,
+            "batch size": self.batch_size,
+            "timings of each": self.repeats,
+            "bootstrap": f"{self.num_resamples} resamples of prompts, seed {self.seed}",
+            "threads": torch.get_num_threads(),
+            "machine": about["machine"],
+            "versions": about["versions"],
+            "source": about["git"],
+        }
+        plots = all_plots(drafters)
+        (self.output / "plots").mkdir(exist_ok=True)
+        for name, data in plots.items():
+            (self.output / "plots" / f"{name}.png").write_bytes(data)
+        write_text(self.output / "results.csv", as_csv(drafters))
+        write_text(self.output / "results.md", markdown(drafters, exactness))
+        mode = "greedy" if self.sampling.temperature == 0 else f"T = {self.sampling.temperature}"
+        write_text(
+            self.output / "report.html",
+            page(
+                title=self.title,
+                lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
+                f"draft length {self.draft_length}; {exactness}",
+                drafters=drafters,
+                exactness=exactness,
+                plots=plots,
+                passages={
+                    d.name: _passages(target, measurements, d.name, prompts) for d in drafters
+                },
+                facts=facts,
+            ),
+        )
+        write_json(
+            self.output / "results.json",
+            {
+                "drafters": {d.name: dataclasses.asdict(d) for d in drafters},
+                "exactness": exactness,
+                "num_prompts": len(prompts),
+                "settings": settings,
+                "target_fingerprint": target.fingerprint,
+                "environment": about,
+            },
+        )
+
+
+def read_journal(path: Path) -> list[Measurement]:
+    """The measurements on disk; a last line that a kill cut short is dropped from the file too."""
+    if not path.is_file():
+        return []
+    found, whole = [], 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            record["outputs"] = [Output(**output) for output in record["outputs"]]
+            found.append(Measurement(**record))
+            whole += len(line)
+    os.truncate(path, whole)
+    return found
+
+
+@torch.inference_mode()
+def is_near_tie(
+    target: LoadedTarget, prompt: Prompt, expected: Sequence[int], found: Sequence[int]
+) -> bool:
+    """Whether two greedy outputs part where the target's two best logits all but agree.
+
+    Batch shapes change rounding, in half precision visibly: then either token is the argmax.
+    """
+    agreed = 0
+    while agreed < min(len(expected), len(found)) and expected[agreed] == found[agreed]:
+        agreed += 1
+    if agreed == min(len(expected), len(found)):
+        return False
+    ids = torch.tensor([[*prompt.ids, *expected[:agreed]]], device=target.model.device)
+    logits = target.model(input_ids=ids).logits[0, -1].float()
+    parting = logits[[expected[agreed], found[agreed]]]
+    gap = float(logits.max() - parting.min())
+    return gap <= NEAR_TIE.get(target.model.dtype, 1e-3)
+
+
+def _measurement(
+    unit: int, mode: str, repeat: int, results: Sequence[GenerationResult], seconds: float
+) -> Measurement:
+    stats = reduce(add, (result.stats for result in results))
+    counts = asdict(stats)
+    split = counts.pop("seconds")
+    outputs = [
+        Output(
+            result.request_id,
+            result.tokens,
+            [[s.num_drafted, s.num_accepted, s.num_emitted] for s in result.steps],
+        )
+        for result in results
+    ]
+    return Measurement(unit, mode, repeat, seconds, split, counts, outputs)
+
+
+def _passages(
+    target: LoadedTarget,
+    measurements: Sequence[Measurement],
+    mode: str,
+    prompts: Sequence[Prompt],
+) -> list[Passage]:
+    by_id = {prompt.id: prompt for prompt in prompts}
+    outputs = [o for m in measurements if m.mode == mode and m.repeat == 0 for o in m.outputs]
+    return [
+        Passage(
+            by_id[o.prompt_id].source,
+            by_id[o.prompt_id].text,
+            token_texts(target, o.tokens),
+            o,
+        )
+        for o in sorted(outputs, key=lambda o: list(by_id).index(o.prompt_id))[:NUM_PASSAGES]
+    ]
+
+
+def token_texts(target: LoadedTarget, tokens: Sequence[int]) -> list[str]:
+    """The text each token adds: bytes of a character that spans tokens show with the last."""
+    texts, before = [], ""
+    for count in range(1, len(tokens) + 1):
+        now = target.tokenizer.decode(tokens[:count])
+        if now.endswith("�") and count < len(tokens):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            before = now
+    return texts
+
+
+main = command("evaluate", Evaluate)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From measurements to intervals, tables, plots and one self-contained page."""

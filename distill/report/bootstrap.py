@@ -1,0 +1,76 @@
+"""Percentile bootstrap over prompts, paired and pooled (Efron & Tibshirani 1993, chapter 13).
+
+Figures are ratios of sums, so a resample draws prompts and forms the ratio of *their* sums: long
+prompts weigh what they weigh. Two drafters are compared on the same resampled prompts, which takes
+the difficulty of the prompts out of the difference.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+TAILS = (2.5, 97.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure and its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    def clear_of(self, reference: float) -> bool:
+        """Whether the interval lies wholly on one side of `reference`."""
+        return self.low > reference or self.high < reference
+
+
+def resamples(num_prompts: int, num_resamples: int, seed: int) -> NDArray[np.int64]:
+    """[R, P] indices of prompts; hand the same to every figure of a comparison."""
+    return np.random.default_rng(seed).integers(num_prompts, size=(num_resamples, num_prompts))
+
+
+def ratio(numerator: Array, denominator: Array, draws: NDArray[np.int64]) -> Interval:
+    """Σ numerator / Σ denominator over prompts.
+
+    Args:
+        numerator: [P] sums of each prompt.
+        denominator: [P].
+        draws: [R, P] of `resamples`.
+    """
+    return _interval(
+        _divide(numerator.sum(), denominator.sum()),
+        _divide(numerator[draws].sum(1), denominator[draws].sum(1)),
+    )
+
+
+def ratio_of_ratios(
+    numerator: Array,
+    denominator: Array,
+    other_numerator: Array,
+    other_denominator: Array,
+    draws: NDArray[np.int64],
+) -> Interval:
+    """(Σ n / Σ d) / (Σ n' / Σ d'), both on the same prompts of each resample."""
+
+    def figure(rows: NDArray[np.int64] | slice) -> Array:
+        axis = -1
+        ours = _divide(numerator[rows].sum(axis), denominator[rows].sum(axis))
+        theirs = _divide(other_numerator[rows].sum(axis), other_denominator[rows].sum(axis))
+        return _divide(ours, theirs)
+
+    return _interval(figure(slice(None)), figure(draws))
+
+
+def _divide(a: Array, b: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b == 0, np.nan, np.divide(a, b))
+
+
+def _interval(value: Array, samples: Array) -> Interval:
+    if np.isnan(value) or np.isnan(samples).all():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.nanpercentile(samples, TAILS)
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,376 @@
+"""`draftsmith train`: align an independent drafter to the target."""
+
+import atexit
+import hashlib
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from decode import (
+    Request,
+    SamplingParams,
+    SpeculativeDecoder,
+    Target,
+    check_tokenizers,
+    tokenizer_hash,
+)
+from decode.drafters import LMDrafter
+from decode.models import CheckpointLM
+from distill.alignment.lm import LiveTarget, LMAlignment
+from distill.batches import BatchStream, Example
+from distill.checkpoint import fsync
+from distill.config import command
+from distill.errors import UserError
+from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
+from distill.objectives import Objective
+from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
+from distill.run_folder import RunFolder, content_hash, describe, environment, write_json
+from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
+from distill.tracking import NoTracker, Tracker
+
+DRAFTER = "drafter"
+LONGEST_WAIT = timedelta(hours=4)  # of the other processes, while the main one measures
+INDIFFERENT = ("num_threads", "micro_batch_size", "keep_checkpoints", "log_every")
+
+
+class DrafterSettings(Protocol):
+    """Where a drafter begins."""
+
+    def build(self, target: PreTrainedModel) -> PreTrainedModel:
+        """The model; ValueError where it cannot be made for this target."""
+        ...
+
+
+class TrainingData(Protocol):
+    """What it learns from."""
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Prompts with their outputs, as ids."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters instead of all weights (Hu et al. 2021), merged when training is done.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank.
+        dropout: on their input.
+        target_modules: names of layers, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    def wrap(self, model: PreTrainedModel) -> Any:
+        """A peft model over `model`, whose layers are replaced in place."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UserError(
+                "LoRA needs peft, which is not installed", None, "pip install peft, or lora=null"
+            ) from error
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        with warnings.catch_warnings():  # peft uses a name that transformers deprecates
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a drafter; the best checkpoint is the one with the best τ on held-out prompts.
+
+    Attributes:
+        target: whose output it learns to predict.
+        drafter: where it begins.
+        objective: what is minimised.
+        data: what it reads.
+        trainer: how.
+        tracker: gets the figures besides metrics.jsonl.
+        prompts: where held-out prompts are taken from; prompts of the data only if there are no
+            others, and then they leave the data.
+        num_held_out: how many.
+        sampling: how τ is measured on them.
+        draft_length: tokens per draft there.
+        lora: train adapters only; for drafters from a checkpoint.
+        output: the run folder; the finished drafter is its `drafter/`.
+        seed: of data order and dropout.
+    """
+
+    target: TargetSettings = field(default_factory=TargetSettings)
+    drafter: DrafterSettings
+    objective: Objective
+    data: TrainingData
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    tracker: Tracker = field(default_factory=NoTracker)
+    prompts: PromptSettings = field(default_factory=lambda: StandardLibraryPrompts(split="distill"))
+    num_held_out: int = 16
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    draft_length: int = 5
+    lora: LoraSettings | None = None
+    output: Path
+    seed: int = 0
+
+    def run(self) -> Path:
+        """Train, or go on with it, or say that it is done; returns the drafter's folder.
+
+        Raises:
+            UserError: drafter, data or prompts do not fit the target, or the folder holds the run
+                of other settings.
+        """
+        target = self.target.load()
+        accelerator = _accelerator(target)
+        target.model.to(accelerator.device)
+        held_out, examples = self._split(target)
+        drafter = self._drafter(target, examples)
+        settings = self._settings(target, drafter, examples, held_out)
+        folder = RunFolder(self.output, settings)
+        with accelerator.main_process_first():
+            summary = folder.begin()
+        finished = self.output / DRAFTER
+        if summary is not None and finished.is_dir():
+            if accelerator.is_main_process:
+                print(f"{self.output} is finished: {finished}{_measured(summary)}")
+            return finished
+
+        torch.manual_seed(self.seed)
+        adapted = self.lora.wrap(drafter) if self.lora else None
+        trainer = Trainer(
+            Trainee(
+                drafter,
+                LMAlignment(drafter),
+                self.objective,
+                LiveTarget(target.model) if self.objective.needs_target else None,
+                self.trainer.precision,
+            ),
+            BatchStream(
+                examples,
+                sequence_length=self.trainer.sequence_length,
+                batch_size=self.trainer.batch_size,
+                seed=self.seed,
+            ),
+            self.trainer,
+            folder=self.output,
+            accelerator=accelerator,
+            tracker=(self.tracker if accelerator.is_main_process else NoTracker()).start(
+                self.output, settings
+            ),
+            evaluate=self._evaluation(target, held_out),
+            seed=self.seed,
+        )
+        result = trainer.run()
+        if accelerator.is_main_process:
+            result.best.state()  # refuses a damaged one
+            result.best.restore_model(drafter)
+            model = drafter if adapted is None else adapted.merge_and_unload()
+            description = self._describe(target, examples, held_out, result)
+            write_drafter(finished, model, target.tokenizer, description)
+            folder.finish({**description["measured"], "best_step": result.best.step})
+            print(f"{finished}{_measured(result.figures)}, step {result.best.step:,}")
+        accelerator.wait_for_everyone()
+        return finished
+
+    def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Example]]:
+        """Held-out prompts, and the examples without them."""
+        examples = self.data.examples(target.tokenizer)
+        used = {tuple(example.prompt_ids) for example in examples}
+        context = target.model.config.get_text_config().max_position_embeddings
+        fitting = [p for p in self.prompts.load(target.tokenizer) if len(p.ids) < context]
+        fitting.sort(key=lambda prompt: tuple(prompt.ids) in used)  # stable: the unused ones first
+        held_out = fitting[: self.num_held_out]
+        if not held_out:
+            raise UserError("there are no held-out prompts to measure τ on", hint="check prompts")
+        withheld = {tuple(prompt.ids) for prompt in held_out}
+        kept = [example for example in examples if tuple(example.prompt_ids) not in withheld]
+        if not kept:
+            raise UserError(
+                f"all {len(examples):,} examples are on the {len(held_out)} held-out prompts",
+                hint="train on more prompts, or set num_held_out lower",
+            )
+        return held_out, kept
+
+    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> PreTrainedModel:
+        """The drafter before training, if it fits target and data."""
+        where = None
+        try:
+            if isinstance(self.drafter, CheckpointLM):
+                where = self.drafter.path
+                tokenizer = AutoTokenizer.from_pretrained(where, revision=self.drafter.revision)
+                check_tokenizers(target.tokenizer, tokenizer)
+            drafter = self.drafter.build(target.model)
+        except (ValueError, OSError) as error:
+            raise UserError(first_line(error), where, "choose another drafter") from error
+        config = drafter.config.get_text_config()
+        if config.vocab_size < len(target.tokenizer):
+            raise UserError(
+                f"the drafter has {config.vocab_size:,} ids, the target's tokenizer "
+                f"{len(target.tokenizer):,}",
+                where,
+                "choose a drafter with the target's tokenizer",
+            )
+        models = [drafter, target.model] if self.objective.needs_target else [drafter]
+        for model in models:
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if context is not None and self.trainer.sequence_length > context:
+                raise UserError(
+                    f"trainer.sequence_length={self.trainer.sequence_length} is longer than the "
+                    f"context of {type(model).__name__}, {context}",
+                    hint=f"set it to {context} or less",
+                )
+        return drafter
+
+    def _settings(
+        self,
+        target: LoadedTarget,
+        drafter: PreTrainedModel,
+        examples: Sequence[Example],
+        held_out: Sequence[Prompt],
+    ) -> dict[str, Any]:
+        """What decides the outcome: not where it lies or how fast it comes."""
+        settings: dict[str, Any] = describe(self)
+        for name in ("output", "tracker"):
+            del settings[name]
+        for name in INDIFFERENT:
+            del settings["trainer"][name]
+        return settings | {
+            "target_fingerprint": target.fingerprint,
+            "drafter_fingerprint": fingerprint(drafter),
+            "data_hash": _data_hash(examples),
+            "held_out_hash": content_hash([prompt.id for prompt in held_out]),
+        }
+
+    def _evaluation(self, target: LoadedTarget, prompts: Sequence[Prompt]) -> Evaluation:
+        """Drafter -> τ and α of decoding the held-out prompts with it."""
+        sampling = replace(self.sampling, top_logprobs=0)
+        longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
+        runtime = Target(target.model, max_batch_size=min(8, len(prompts)), max_length=longest)
+        requests = [
+            Request(id=str(number), prompt=prompt.ids, sampling=sampling, seed=self.seed)
+            for number, prompt in enumerate(prompts)
+        ]
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            assert isinstance(model, PreTrainedModel)
+            try:
+                drafter = LMDrafter(model, target=runtime, draft_length=self.draft_length)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            decoder = SpeculativeDecoder(runtime, drafter, tokenizer=target.tokenizer)
+            stats = reduce(add, (result.stats for result in decoder.generate(requests)))
+            if not stats.num_steps:
+                raise UserError(
+                    "the target ends every held-out prompt at once, so τ cannot be measured",
+                    hint="choose other prompts, or sampling.ignore_eos=true",
+                )
+            return {"tau": stats.block_efficiency, "alpha": stats.alpha}
+
+        return evaluate
+
+    def _describe(
+        self,
+        target: LoadedTarget,
+        examples: Sequence[Example],
+        held_out: Sequence[Prompt],
+        result: TrainingSummary,
+    ) -> dict[str, Any]:
+        """The drafter's draftsmith.json."""
+        return {
+            "family": "lm",
+            "target": target.path,
+            "target_fingerprint": target.fingerprint,
+            "tokenizer_hash": tokenizer_hash(target.tokenizer),
+            "drafter": describe(self.drafter),
+            "objective": describe(self.objective),
+            "data": describe(self.data),
+            "data_hash": _data_hash(examples),
+            "steps": self.trainer.steps,
+            "best_step": result.best.step,
+            "tokens": result.tokens,
+            "measured": {
+                **result.figures,
+                "draft_length": self.draft_length,
+                "num_prompts": len(held_out),
+                "sampling": describe(self.sampling),
+            },
+            "versions": environment()["versions"],
+        }
+
+
+def write_drafter(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    description: dict[str, Any],
+) -> None:
+    """Write a plain transformers directory with draftsmith.json: it appears whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "draftsmith.json", description)
+        for path in partial.iterdir():
+            fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        fsync(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the drafter: {error}",
+            folder,
+            "make room and run the same command again; the training itself is kept",
+        ) from error
+
+
+def _accelerator(target: LoadedTarget) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=target.model.device.type == "cpu",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
+    )
+    if accelerator.num_processes > 1:
+        atexit.register(part, accelerator)
+    return accelerator
+
+
+def _data_hash(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:  # their order counts: the seed shuffles from there
+        digest.update(repr((example.ids, example.loss_mask)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _measured(figures: dict[str, Any]) -> str:
+    return f", τ {figures['tau']:.3f}, α {figures['alpha']:.3f}" if "tau" in figures else ""
+
+
+main = command("train", Train)
+
+if __name__ == "__main__":
+    main()

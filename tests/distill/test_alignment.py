@@ -1,0 +1,92 @@
+"""Packed batches give each example the states it would have alone, on every architecture."""
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from distill.alignment.lm import LiveTarget, LMAlignment, PlainHead
+from distill.batches import BatchStream, Example
+
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+KINDS = ["sliding_attention", "full_attention"]
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SHAPE, head_dim=16, sliding_window=5, final_logit_softcapping=2.0)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=5, layer_types=KINDS)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),  # scales its logits
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_examples_do_not_see_each_other(name, attention):
+    if (name, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers offers none")
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.set_attn_implementation(attention)
+    draw = random.Random(0)
+    examples = [
+        Example(
+            [draw.randrange(3, 40) for _ in range(draw.randrange(1, 6))],
+            [draw.randrange(3, 40) for _ in range(draw.randrange(1, 12))],
+        )
+        for _ in range(6)
+    ]
+    stream = BatchStream(examples, sequence_length=32, batch_size=4, seed=0)
+    (batch,) = stream.for_process(0, 0, 1, 4)
+    expected, labels = [], []
+    for pack in stream[0]:
+        for example in pack:
+            logits = model(torch.tensor([example.ids]), use_cache=False).logits[0]
+            expected.append(logits[len(example.prompt_ids) - 1 : -1].detach())
+            labels += example.output_ids
+
+    aligned = LMAlignment(model).align(model, batch)
+    assert aligned.labels.tolist() == labels
+    logits = aligned.states.logits(0, len(labels))
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    signal = LiveTarget(model).signal(batch)
+    torch.testing.assert_close(signal.logits(2, 5), logits[2:5])
+    assert not signal.hidden.requires_grad
+    assert (PlainHead.of(model) is None) == (name == "cohere")

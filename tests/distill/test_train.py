@@ -1,0 +1,211 @@
+"""The train command as a Python object: a drafter's folder from settings."""
+
+import json
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from decode import Target
+from decode.drafters import load_drafter
+from decode.models import CheckpointLM, ScratchLM, TargetLayersLM
+from distill import checkpoint as checkpoints
+from distill.batches import Example
+from distill.errors import UserError
+from distill.loop import Precision, TrainerSettings
+from distill.objectives import CrossEntropy, ForwardKL
+from distill.prompts import Prompt
+from distill.target import TargetSettings
+from distill.tracking import read_metrics
+from distill.train import LoraSettings, SamplingParams, Train
+
+VOCAB = 24
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Random ids as prompts and as examples; the first `overlap` of both are the same."""
+
+    count: int
+    seed: int
+    overlap: int = 0
+
+    def ids(self, number):
+        draw = random.Random(number if number < self.overlap else f"{self.seed} {number}")
+        return [draw.randrange(3, VOCAB) for _ in range(6)]
+
+    def load(self, tokenizer):
+        return [
+            Prompt(str(number), self.ids(number), "", None, "test") for number in range(self.count)
+        ]
+
+    def examples(self, tokenizer):
+        return [Example(self.ids(number), self.ids(-number - 1)) for number in range(self.count)]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, VOCAB)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train(target, tmp_path):
+    return Train(
+        target=TargetSettings(path=str(target)),
+        drafter=ScratchLM(num_layers=1, hidden_size=32),
+        objective=ForwardKL(),
+        data=Numbers(40, seed=1),
+        trainer=TrainerSettings(
+            steps=4,
+            batch_size=2,
+            micro_batch_size=2,
+            sequence_length=24,
+            precision=Precision.no,
+            log_every=2,
+            evaluate_every=2,
+            checkpoint_every=2,
+        ),
+        prompts=Numbers(3, seed=2),
+        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
+        draft_length=2,
+        output=tmp_path / "run",
+    )
+
+
+def test_a_run_leaves_a_drafter_that_the_decoder_loads(train, target, capsys):
+    folder = train.run()
+    description = json.loads((folder / "draftsmith.json").read_text())
+    assert description["family"] == "lm"
+    assert description["best_step"] in {0, 2, 4}
+    taus = {
+        line["step"]: line["heldout_tau"]
+        for line in read_metrics(train.output / "metrics.jsonl")
+        if "heldout_tau" in line
+    }
+    assert taus.keys() == {0, 2, 4}
+    assert description["measured"]["tau"] == max(taus.values()) == taus[description["best_step"]]
+    model = AutoModelForCausalLM.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    load_drafter(folder, target=Target(model), draft_length=2, tokenizer=tokenizer)
+
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    train.run()
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_and_indifferent_ones_are_not(train):
+    train.run()
+    with pytest.raises(UserError, match=r"other settings \(objective.temperature differ\)"):
+        replace(train, objective=ForwardKL(temperature=2.0)).run()
+    with pytest.raises(UserError, match="data_hash"):
+        replace(train, data=Numbers(41, seed=1)).run()
+    replace(train, trainer=replace(train.trainer, micro_batch_size=1, keep_checkpoints=5)).run()
+
+
+def test_a_run_cut_off_before_the_drafter_was_written_goes_on(train, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", full)
+        with pytest.raises(UserError, match="No space left"):
+            train.run()
+    assert not (train.output / "drafter").exists()
+    assert train.run().is_dir()
+    assert checkpoints.latest(train.output / "checkpoints").step == 4
+
+
+def test_lora_is_merged_into_a_plain_model(train, target):
+    settings = replace(train.trainer, learning_rate=0.1, warmup_steps=0)
+    folder = replace(
+        train,
+        drafter=CheckpointLM(path=str(target)),
+        lora=LoraSettings(rank=2),
+        objective=CrossEntropy(),
+        trainer=settings,
+    ).run()
+    first, last = (checkpoints.checkpoints(train.output / "checkpoints")[i] for i in (0, -1))
+    assert all("lora_" in name for name in load_names(first.path))
+    assert last.step == 4
+    drafter = AutoModelForCausalLM.from_pretrained(folder)
+    original = AutoModelForCausalLM.from_pretrained(target)
+    assert drafter.state_dict().keys() == original.state_dict().keys()
+    if json.loads((folder / "draftsmith.json").read_text())["best_step"]:
+        changed = drafter.model.layers[0].mlp.up_proj.weight
+        assert not torch.equal(changed, original.model.layers[0].mlp.up_proj.weight)
+
+
+def load_names(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def test_the_target_as_its_own_drafter_accepts_everything(train):
+    settings = replace(train.trainer, steps=1, learning_rate=1e-9)
+    folder = replace(train, drafter=TargetLayersLM(num_layers=3), trainer=settings).run()
+    measured = json.loads((folder / "draftsmith.json").read_text())["measured"]
+    assert measured["alpha"] == 1.0
+    assert measured["tau"] > 2  # of 3; drafts are cut where the output ends
+
+
+def test_held_out_prompts_are_never_trained_on(train):
+    target = train.target.load()
+    train = replace(train, num_held_out=3, data=Numbers(8, seed=1, overlap=4))
+    held_out, examples = replace(train, prompts=Numbers(10, seed=2, overlap=4))._split(target)
+    assert [prompt.id for prompt in held_out] == ["4", "5", "6"]  # 0 to 3 are in the data
+    assert len(examples) == 8
+    held_out, examples = replace(train, prompts=Numbers(4, seed=2, overlap=4))._split(target)
+    assert [prompt.id for prompt in held_out] == ["0", "1", "2"]
+    assert len(examples) == 5  # so these leave the data
+    with pytest.raises(UserError, match="all 2 examples are on the 3 held-out prompts"):
+        replace(train, data=Numbers(2, 1, 4), prompts=Numbers(3, 2, 4))._split(target)
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(train, target, tmp_path):
+    long = replace(train.trainer, sequence_length=64)
+    with pytest.raises(UserError, match=r"sequence_length=64 is longer than the context .* 48"):
+        replace(train, trainer=long).run()
+    with pytest.raises(UserError, match="the target has 3 layers"):
+        replace(train, drafter=TargetLayersLM(num_layers=4)).run()
+    with pytest.raises(UserError, match="choose another drafter"):
+        replace(train, drafter=CheckpointLM(path=str(tmp_path / "nowhere"))).run()
+    words = Tokenizer(WordLevel({"<unk>": 0, "other": 1}, unk_token="<unk>"))
+    other = tmp_path / "other"
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
+    with pytest.raises(UserError, match="tokenizer is not the target's"):
+        replace(train, drafter=CheckpointLM(path=str(other))).run()
