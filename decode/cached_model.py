@@ -96,12 +96,11 @@ class CachedModel:
             positions = torch.tensor(starts, device=self.device)[:, None] + depths
             masks = [maker.tree(starts, ancestors, num_keys) for maker in self._makers]
         else:
-            positions = (
-                self._positions.narrow(1, starts[0], width)
-                if window.slot is not None
-                else window.positions
-            )
             masks = [maker.chain(starts, width, num_keys) for maker in self._makers]
+            if window.positions is None:
+                positions = self._positions.narrow(1, starts[0], width)
+            else:
+                positions = window.positions
         mask = masks[0] if len(masks) == 1 else dict(zip(self._kinds, masks, strict=True))
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:

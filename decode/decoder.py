@@ -1,7 +1,7 @@
 """The speculative decoding loop: context, propose, verify, accept, truncate, commit, observe."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -86,7 +86,7 @@ class _Sequence:
     length: int
     output: list[int] = field(default_factory=list)
     steps: list[StepTrace] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     expected_accepted: float = 0.0
     logprobs: list[TopLogprobs] = field(default_factory=list)
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class SpeculativeDecoder:
         self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
         self._active: list[_Sequence] = []
-        self._synchronize = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
+        self._is_asynchronous = target.device.type == "cuda"
 
     def generate(self, requests: Iterable[Request]) -> list[GenerationResult]:
         """All results, in the order of the requests."""
@@ -227,12 +227,12 @@ class SpeculativeDecoder:
             emitted.append((new[:kept], reason))
         if not is_cut:
             return acceptance, emitted
-        kept = torch.tensor([len(new) for new, _ in emitted], device=draft.tokens.device)
-        was_cut = kept <= acceptance.num_accepted
+        lengths = torch.tensor([len(new) for new, _ in emitted], device=draft.tokens.device)
+        was_cut = lengths <= acceptance.num_accepted
         return replace(
             acceptance,
-            num_accepted=torch.minimum(acceptance.num_accepted, kept),
-            num_tried=torch.where(was_cut, kept, acceptance.num_tried),
+            num_accepted=torch.minimum(acceptance.num_accepted, lengths),
+            num_tried=torch.where(was_cut, lengths, acceptance.num_tried),
         ), emitted
 
     def _record(
@@ -365,7 +365,8 @@ class SpeculativeDecoder:
         self._free = sorted([*self._free, sequence.slot])
 
     def _now(self) -> float:
-        self._synchronize()
+        if self._is_asynchronous:
+            torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
 
 

@@ -69,6 +69,7 @@ class Drafter(Protocol):
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`; `prompt` [T] on the CPU, `hidden` layer -> [T - 1, D]."""
+        return
 
     def propose(self, context: Context) -> Draft:
         """A draft for every sequence, at most `context.room` tokens deep."""
@@ -76,9 +77,11 @@ class Drafter(Protocol):
 
     def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
         """The outcome of the step: roll back what was rejected, learn online."""
+        return
 
     def end(self, slot: int) -> None:
         """The sequence in `slot` is finished."""
+        return
 
 
 class AcceptanceRule(Protocol):

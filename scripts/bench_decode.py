@@ -36,7 +36,6 @@ from decode import (
 from decode.drafters import LMDrafter, NoDrafter
 from distill.prompts import StandardLibraryPrompts
 
-
 Mode = Callable[[list[int]], list[int]]
 Round = dict[str, float]
 
@@ -169,7 +168,8 @@ def main() -> None:
     targets, drafters = [load(args.target) for _ in "ab"], [load(args.drafter) for _ in "ab"]
     lay_out_for_decoding(targets[1])
     lay_out_for_decoding(drafters[1])
-    counters = [[Forwards(model) for model in pair] for pair in (targets, drafters)]
+    target_forwards = [Forwards(model) for model in targets]
+    drafter_forwards = [Forwards(model) for model in drafters]
     settings = drafters[0].generation_config
     settings.num_assistant_tokens = args.draft_length
     settings.num_assistant_tokens_schedule = "constant"
@@ -185,7 +185,7 @@ def main() -> None:
         "transformers assisted": theirs(targets[0], drafters[0], args.max_new_tokens),
         "ours, assisted": ours(target, drafter, args.max_new_tokens),
     }
-    rounds, mismatches = time_rounds(modes, prompts, *counters, args.rounds)
+    rounds, mismatches = time_rounds(modes, prompts, target_forwards, drafter_forwards, args.rounds)
 
     def median(name: str, figure: str) -> float:
         return statistics.median(entry[figure] for entry in rounds[name])
