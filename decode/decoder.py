@@ -155,7 +155,7 @@ class SpeculativeDecoder:
         started = self._now()
         context = self._context(active)
         ready = self._now()
-        draft = self.drafter.propose(context)
+        draft = self.drafter.propose(context).to(self.target.device)
         drafted = self._now()
         slots = [sequence.slot for sequence in active]
         output = self.target.verify(slots, draft, self.drafter.hidden_layers)
@@ -195,9 +195,9 @@ class SpeculativeDecoder:
                 layer: pad_sequence([s.hidden[layer] for s in sequences], batch_first=True)
                 for layer in self.drafter.hidden_layers
             },
-            sampling=SamplingBatch(
-                tuple(sequence.sampling for sequence in sequences),
-                tuple(sequence.generator for sequence in sequences),
+            sampling=SamplingBatch.of(
+                [sequence.sampling for sequence in sequences],
+                [sequence.generator for sequence in sequences],
             ),
         )
 
@@ -323,8 +323,8 @@ class SpeculativeDecoder:
             self.drafter.begin(sequence.slot, prompt, hidden)
             sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
         context = self._context(entering)
-        roots = context.tokens.gather(1, context.lengths[:, None] - 1)
-        self._conclude(entering, context, Draft.chain(roots.to(self.target.device)), output)
+        draft = Draft.chain(context.roots).to(self.target.device)
+        self._conclude(entering, context, draft, output)
         spent = (self._now() - started) / len(entering)
         for sequence in entering:
             sequence.seconds["prefill"] += spent

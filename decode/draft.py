@@ -3,7 +3,7 @@
 Shape legend: B sequences, N nodes (root included), V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -78,6 +78,18 @@ class Draft:
         draft = cls(tokens_BN, torch.tensor(above, dtype=torch.long, device=device), counts)
         draft.validate()
         return draft
+
+    def to(self, device: torch.device) -> "Draft":
+        """The same on another device."""
+        if self.tokens.device == device:
+            return self
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            num_nodes=self.num_nodes.to(device),
+            probs=None if self.probs is None else self.probs.to(device),
+        )
 
     @property
     def valid(self) -> Tensor:

@@ -40,6 +40,13 @@ class Context:
     hidden: Mapping[int, Tensor]
     sampling: SamplingBatch
 
+    @property
+    def roots(self) -> Tensor:
+        """[B, 1] the last committed token of each sequence."""
+        if len(self.slots) == 1:  # nothing to gather: the tokens end with it
+            return self.tokens[:, -1:]
+        return self.tokens.gather(1, self.lengths[:, None] - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:

@@ -56,11 +56,15 @@ class SamplingBatch:
 
     params: tuple[SamplingParams, ...]
     generators: tuple[torch.Generator, ...]
+    is_greedy: bool
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every sequence is decoded greedily."""
-        return all(p.temperature == 0 for p in self.params)
+    @classmethod
+    def of(
+        cls, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+    ) -> "SamplingBatch":
+        """The batch of these sequences."""
+        is_greedy = all(p.temperature == 0 for p in params)
+        return cls(tuple(params), tuple(generators), is_greedy)
 
     def probs(self, logits: Tensor) -> Tensor:
         """The distributions that tokens are drawn from: [B, ..., V] logits to probabilities.

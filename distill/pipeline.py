@@ -52,12 +52,14 @@ class Pipeline:
         variants: name -> data and objective; the first is what the others are compared with.
         trainer: the budget of each.
         tracker: where training reports to.
+        title: of the report.
         output: the folder of everything.
         num_samples: outputs per prompt.
         batch_size: sequences generated at a time.
         draft_length: tokens per draft, in training's measurements and in the evaluation.
         compare_transformers: time transformers' own `generate` too.
         repeats: timings per prompt.
+        evaluation_threads: CPU threads while timing; None leaves torch's choice.
         seed: of everything.
     """
 
@@ -70,12 +72,14 @@ class Pipeline:
     variants: dict[str, Variant]
     trainer: TrainerSettings
     tracker: Tracker = field(default_factory=NoTracker)
+    title: str = "Draftsmith pipeline"
     output: Path
     num_samples: int = 1
     batch_size: int = 32
     draft_length: int = 5
     compare_transformers: bool = True
     repeats: int = 1
+    evaluation_threads: int | None = None
     seed: int = 0
 
     def run(self) -> Path:
@@ -88,9 +92,7 @@ class Pipeline:
             raise UserError("the pipeline has no variants", hint="name at least one drafter")
         rows = self._generate()
         drafters = {name: self._drafter(name, rows) for name in self.variants}
-        report = self._evaluate(drafters)
-        print(f"report: {report}")
-        return report
+        return self._evaluate(drafters)
 
     def _generate(self) -> Path:
         generate = Generate(
@@ -145,12 +147,16 @@ class Pipeline:
             draft_length=self.draft_length,
             compare_transformers=self.compare_transformers,
             repeats=self.repeats,
+            num_threads=self.evaluation_threads,
+            title=self.title,
             output=self.output / "report",
             seed=self.seed,
         )
         results = evaluate.output / "results.json"
         inputs = [evaluate, *[(path / DESCRIPTION).read_text() for path in drafters.values()]]
-        self._once("report", inputs, results, evaluate.run)
+        if not self._once("report", inputs, results, evaluate.run):
+            print((evaluate.output / "results.md").read_text())
+            print(f"report: {evaluate.output / 'report.html'}")
         for name, path in drafters.items():
             write_card(path, measured_in_evaluation(load_results(evaluate.output), name))
         return evaluate.output / "report.html"
@@ -160,13 +166,16 @@ class Pipeline:
 
         A step's name is its folder below `output`. What was made there from other inputs is put
         aside as `<folder>.old`, which replaces an older one.
+
+        Returns:
+            whether it was run.
         """
         record = self.output / "steps.json"
         steps = json.loads(record.read_text()) if record.is_file() else {}
         now = content_hash(inputs)
         if steps.get(step) == now and product.exists():
             print(f"[{step}] done already")
-            return
+            return False
         if steps.get(step, now) != now:
             folder = self.output / step
             print(f"[{step}] its inputs have changed: the earlier one is put aside")
@@ -177,6 +186,7 @@ class Pipeline:
         write_json(record, {**steps, step: now})
         print(f"[{step}]")
         run()
+        return True
 
 
 def measured_in_evaluation(results: Mapping[str, Any], name: str) -> str:

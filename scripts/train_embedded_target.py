@@ -245,7 +245,9 @@ def samples(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False
         )
         written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        shown.append(f"````python\n{prompt}   # <- the prompt ends here\n{written.lstrip()}\n````")
+        shown.append(
+            f"````python\n{prompt}   # <- the prompt ends here\n{written.lstrip(chr(10))}\n````"
+        )
     return shown
 
 
@@ -271,7 +273,7 @@ def describe_model(
     }
     write_json(args.out / "training.json", figures)
     shown = "\n\n".join(samples(model, tokenizer, held_out[:3]))
-    write_text(args.out / "README.md", CARD.format(**figures, **vars(args), samples=shown))
+    write_text(args.out / "README.md", CARD.format(**(vars(args) | figures), samples=shown))
 
 
 def main() -> None:

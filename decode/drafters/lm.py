@@ -60,7 +60,7 @@ class LMDrafter(Drafter):
             max(0, min(self.draft_length, room, self.cached.max_length - length + 1))
             for room, length in zip(context.room.tolist(), lengths, strict=True)
         ]
-        roots = context.tokens.gather(1, context.lengths[:, None] - 1).to(self.device)
+        roots = context.roots.to(self.device)
         longest = max(counts)
         if longest == 0:
             return Draft.chain(roots)
@@ -72,17 +72,19 @@ class LMDrafter(Drafter):
         tokens, laws = [roots], []
         for step in range(longest):
             if is_greedy:
-                token = argmax(logits)[:, None]
+                token = argmax(logits)
             else:
-                laws.append(sampling.probs(logits))
+                laws.append(sampling.probs(logits[:, 0]))
                 token = draw(laws[-1], uniforms[:, step])[:, None]
             tokens.append(token)
             if step + 1 < longest:
-                logits = self._logits(slots, token)[:, -1]
+                logits = self._logits(slots, token)
                 self.cached.cache.commit(slots, [int(step + 1 < count) for count in counts])
         # Row n is the law of node n's children; the last node has none.
         probs = None if is_greedy else torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
-        num_nodes = torch.tensor(counts, device=self.device) + 1
+        num_nodes = None  # all are as deep as the deepest
+        if min(counts) < longest:
+            num_nodes = torch.tensor(counts, device=self.device) + 1
         return Draft.chain(torch.cat(tokens, dim=1), num_nodes=num_nodes, probs=probs)
 
     def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
@@ -97,7 +99,7 @@ class LMDrafter(Drafter):
     def _catch_up(
         self, context: Context, slots: list[int], lengths: list[int], counts: list[int]
     ) -> Tensor:
-        """Read the committed tokens that are not cached yet: [B, V] logits behind the root.
+        """Read the committed tokens that are not cached yet: [B, 1, V] logits behind the root.
 
         That is the root alone, or, where the whole last draft was accepted, its last token too.
         """
@@ -107,14 +109,17 @@ class LMDrafter(Drafter):
             for length, done, count in zip(lengths, cached, counts, strict=True)
         ]
         width = max(missing)
-        columns = torch.tensor(cached)[:, None] + torch.arange(width)
-        tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
+        if len(slots) == 1:
+            tokens = context.tokens[:, cached[0] : lengths[0]]
+        else:
+            columns = torch.tensor(cached)[:, None] + torch.arange(width)
+            tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
         logits = self._logits(slots, tokens.to(self.device))
         self.cached.cache.commit(slots, missing)
         if min(missing) == width:
-            return logits[:, -1]
+            return logits[:, -1:]
         last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
-        return logits[torch.arange(len(slots), device=logits.device), last]
+        return logits[torch.arange(len(slots), device=logits.device), last][:, None]
 
     def _logits(self, slots: list[int], tokens: Tensor) -> Tensor:
         """[B, N, V] over the target's vocabulary."""
