@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -39,7 +40,7 @@ class Window(NamedTuple):
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer: [slots, heads, max_length + 1, head_dim].
+    """Keys and values of one layer: [slots, heads, capacity, head_dim].
 
     The last position is scratch for padding.
     """
@@ -53,9 +54,19 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros: masked places must hold numbers, since 0 x NaN is NaN."""
-        shape = (self.owner.num_slots, key_states.shape[1], self.owner.max_length + 1)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        shape = (self.owner.num_slots, key_states.shape[1], self.owner.capacity)
+        self._keep(
+            key_states.new_zeros(*shape, key_states.shape[-1]),
+            value_states.new_zeros(*shape, value_states.shape[-1]),
+        )
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` positions."""
+        more = capacity - self.keys.shape[2]
+        self._keep(pad(self.keys, (0, 0, 0, more)), pad(self.values, (0, 0, 0, more)))
+
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
         # One view per slot, so that a single sequence costs two narrow() calls and no indexing.
         self.slots = [
             (self.keys[slot : slot + 1], self.values[slot : slot + 1])
@@ -99,21 +110,34 @@ class SlotCache(Cache):
 
     Attributes:
         lengths: committed tokens of each slot whose keys are cached.
+        capacity: places per slot; the last is scratch.
     """
 
     def __init__(self, *, num_layers: int, num_slots: int, max_length: int):
         """An empty cache; memory is taken at the first forward."""
         self.num_slots = num_slots
         self.max_length = max_length
+        self.capacity = max_length + 1
         self.lengths = [0] * num_slots
         self.window = Window([], None, NO_ROWS, None, None, 0)
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
-    def open(self, slots: Sequence[int], width: int, device: torch.device) -> Window:
-        """Prepare a forward of `width` tokens behind the committed ones of `slots`."""
+    def open(
+        self, slots: Sequence[int], width: int, device: torch.device, *, is_tree: bool = False
+    ) -> Window:
+        """Prepare a forward of `width` tokens behind the committed ones of `slots`.
+
+        A tree is wider than it is deep: near the end of the context its nodes need more places than
+        any path of it has positions, and the cache grows by them.
+        """
         starts = [self.lengths[slot] for slot in slots]
         end = max(starts) + width
-        if len(slots) == 1 and end <= self.max_length + 1:
+        if is_tree and end >= self.capacity:
+            self.capacity = end + 1
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.grow(self.capacity)
+        if len(slots) == 1 and end <= self.capacity:
             self.window = Window(starts, slots[0], NO_ROWS, None, None, end)
         else:
             positions = torch.tensor(starts)[:, None] + torch.arange(width)
@@ -122,8 +146,8 @@ class SlotCache(Cache):
                 None,
                 _as_slice(slots, device),
                 torch.tensor(slots, device=device)[:, None],
-                positions.clamp(max=self.max_length).to(device),
-                min(end, self.max_length + 1),
+                positions.clamp(max=self.capacity - 1).to(device),
+                min(end, self.capacity),
             )
         return self.window
 

@@ -66,7 +66,10 @@ class CachedModel:
             )
             for window in windows.values()
         ]
-        self._positions = torch.arange(self.max_length + 1, device=self.device)[None]
+        # Padding may lie behind the context, where learnt position embeddings have no row.
+        self._last_position = self.max_length - 1
+        positions = torch.arange(self.max_length + 1, device=self.device)
+        self._positions = positions.clamp(max=self._last_position)[None]
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -88,19 +91,21 @@ class CachedModel:
             keep: the places whose logits are wanted, ascending; None is all of them.
         """
         width = tokens.shape[1]
-        window = self.cache.open(slots, width, self.device)
+        is_tree = tree is not None and not tree.is_chain
+        window = self.cache.open(slots, width, self.device, is_tree=is_tree)
         starts, num_keys = window.starts, window.num_keys
-        if tree is not None and not tree.is_chain:
+        if tree is not None and is_tree:
             ancestors = tree.ancestors()
             depths = ancestors.sum(-1) - 1
             positions = torch.tensor(starts, device=self.device)[:, None] + depths
+            positions = positions.clamp(max=self._last_position)
             masks = [maker.tree(starts, ancestors, num_keys) for maker in self._makers]
         else:
             masks = [maker.chain(starts, width, num_keys) for maker in self._makers]
             if window.positions is None:
                 positions = self._positions.narrow(1, starts[0], width)
             else:
-                positions = window.positions
+                positions = window.positions.clamp(max=self._last_position)
         mask = masks[0] if len(masks) == 1 else dict(zip(self._kinds, masks, strict=True))
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:

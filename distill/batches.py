@@ -96,7 +96,7 @@ class Text:
                 hint="name the column: data.prompts.reference_column=...",
             )
         references = tokenizer(
-            [str(prompt.reference) for prompt in prompts], add_special_tokens=False
+            [str(prompt.reference) for prompt in prompts], add_special_tokens=False, verbose=False
         )["input_ids"]
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [

@@ -26,6 +26,7 @@ import psutil
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
+from transformers.utils import logging as transformers_logging
 
 from distill.errors import UserError
 from distill.explain import help_page, nearest, one_sentence
@@ -84,6 +85,7 @@ def command(name: str, settings: type[Any]) -> Callable[[], None]:
         settings = vars(importlib.import_module(main_module.__spec__.name))[settings.__name__]
 
     def task(config: DictConfig) -> None:
+        transformers_logging.disable_progress_bar()  # of loading and saving: ours tell more
         with one_sentence(name):  # inside, for Hydra meets what leaves a task with a traceback
             _construct_command(settings, config).run()
 

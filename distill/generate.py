@@ -29,7 +29,7 @@ class Generate:
         output: the run folder; rows go to its `rows/`.
         num_samples: outputs per prompt; more than one needs a temperature.
         batch_size: sequences decoded at a time; it does not change the rows.
-        rows_per_shard: rows are on disk after this many, or after a minute.
+        rows_per_shard: rows are on disk after this many, or after a minute; sooner at first.
         num_threads: CPU threads; None leaves torch's choice.
         seed: of the draws.
     """
@@ -40,7 +40,7 @@ class Generate:
     output: Path
     num_samples: int = 1
     batch_size: int = 16
-    rows_per_shard: int = 64
+    rows_per_shard: int = 512
     num_threads: int | None = None
     seed: int = 0
 

@@ -105,14 +105,14 @@ class StandardLibraryPrompts:
             longer = text + line
             if len(longer) > len(piece.text) * 2 / 3:
                 break
-            if len(tokenizer(longer)["input_ids"]) > self.prompt_tokens:
+            if len(tokenizer(longer, verbose=False)["input_ids"]) > self.prompt_tokens:
                 break
             text = longer
         # The newline goes to what follows: before an indented line it is one token with the indent.
         text = text.rstrip("\n")
         if not text.strip():
             return None
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         source = f"{piece.module}:{piece.index}"
         return Prompt(prompt_id(ids), ids, text, piece.text[len(text) :], source)
 
@@ -247,7 +247,7 @@ class DatasetPrompts:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         else:
-            ids = tokenizer(text)["input_ids"]
+            ids = tokenizer(text, verbose=False)["input_ids"]
         reference = row[self.reference_column] if self.reference_column else None
         return Prompt(prompt_id(ids), list(ids), text, reference, source)
 

@@ -29,7 +29,7 @@ h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: left; padding: .4rem .7rem; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td { white-space: nowrap; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; }
+td:last-child { white-space: normal; } td.wrap { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .4rem 0; }
 .tabs > input { position: absolute; opacity: 0; }
 .tabs > label { display: inline-block; padding: .3rem .8rem; border: 1px solid var(--line);

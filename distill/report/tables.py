@@ -11,7 +11,7 @@ from distill.report.figures import DrafterFigures
 HEADER = (
     "drafter",
     "α",
-    "τ (tokens/target pass)",
+    "τ",
     "τ vs first",
     "tokens/s",
     "speedup vs our loop",

@@ -282,9 +282,10 @@ def test_the_expected_acceptance_is_the_measured_one():
     torch.testing.assert_close(single.expected_accepted, by_hand)
 
 
-# End to end: a real model, its cache and masks, a drafter, the loop with its slots.
+# End to end: a real model, its cache and masks, a drafter, the loop with its slots. The first of
+# four tokens comes with the prompt, the others from a draft of two and a token of the target's.
 
-EOS = 4
+EOS, LENGTH = 4, 4
 TINY = {
     "vocab_size": V,
     "num_hidden_layers": 1,
@@ -299,9 +300,9 @@ TINY = {
 
 
 def enumerated(model, params: SamplingParams, prompt: list[int]) -> dict[tuple[int, ...], float]:
-    """Every output of up to three tokens, EOS ending it early, by plain forwards."""
+    """Every output of up to four tokens, EOS ending it early, by plain forwards."""
     law, growing = {}, {(): 1.0}
-    for _ in range(STEPS):
+    for _ in range(LENGTH):
         texts = torch.tensor([[*prompt, *output] for output in growing])
         with torch.no_grad():
             probs = warp(model(texts).logits[:, -1], params).double()
@@ -311,7 +312,7 @@ def enumerated(model, params: SamplingParams, prompt: list[int]) -> dict[tuple[i
             for token in range(V)
             if probs[row, token] > 0
         }
-        is_over = {output: output[-1] == EOS or len(output) == STEPS for output in longer}
+        is_over = {output: output[-1] == EOS or len(output) == LENGTH for output in longer}
         law |= {output: chance for output, chance in longer.items() if is_over[output]}
         growing = {output: chance for output, chance in longer.items() if not is_over[output]}
     return law
@@ -341,36 +342,46 @@ class TreeDrafter(Drafter):
         return Draft(tokens, parents, num_nodes, probs[tokens])
 
 
-def decoded(model, drafter_of, params: SamplingParams, count: int) -> Counter[tuple[int, ...]]:
+def decoded(
+    model, drafter_of, params: SamplingParams, prompt: list[int], count: int
+) -> Counter[tuple[int, ...]]:
     target = Target(model, max_batch_size=512)
     decoder = SpeculativeDecoder(target, drafter_of(target))
     requests = (
-        Request(id=str(index), prompt=[1, 3], sampling=params, seed=11) for index in range(count)
+        Request(id=str(index), prompt=prompt, sampling=params, seed=11) for index in range(count)
     )
     return Counter(tuple(result.tokens) for result in decoder.stream(requests))
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "count"),
-    [(1.0, 0, 1.0, 100_000), (0.7, 0, 1.0, 15_000), (1.4, 3, 1.0, 15_000), (1.0, 0, 0.8, 15_000)],
+    ("temperature", "top_k", "top_p", "prompt", "count"),
+    [
+        (1.0, 0, 1.0, [1], 100_000),
+        (0.7, 0, 1.0, [1, 3], 8_000),
+        (1.4, 3, 1.0, [2, 0, 3], 8_000),
+        (1.0, 0, 0.8, [1, 3], 8_000),
+    ],
 )
 def test_the_decoder_is_lossless_on_chains(
-    g_test, tiny, perturbed, temperature, top_k, top_p, count
+    g_test, tiny, perturbed, temperature, top_k, top_p, prompt, count
 ):
     model = tiny("llama", **TINY)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=STEPS)
-    counts = decoded(
-        model, lambda target: LMDrafter(perturbed(model, 0.5), target=target, draft_length=2),
-        params, count,
-    )  # fmt: skip
-    assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
-    # The same counts are not those of another temperature: the test can tell.
-    other = SamplingParams(temperature=1.3 * temperature)
-    assert g_test(counts, enumerated(model, other, [1, 3])) < FAILS
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=LENGTH
+    )
+
+    def drafter(target: Target) -> Drafter:
+        return LMDrafter(perturbed(model, 0.5), target=target, draft_length=2)
+
+    counts = decoded(model, drafter, params, prompt, count)
+    assert g_test(counts, enumerated(model, params, prompt)) > PASSES
+    # These are not the counts of a slightly warmer target: the test can tell.
+    warmer = SamplingParams(temperature=1.3 * temperature)
+    assert g_test(counts, enumerated(model, warmer, prompt)) < FAILS
 
 
 def test_the_decoder_is_lossless_on_trees(g_test, tiny):
     model = tiny("llama", **(TINY | {"max_position_embeddings": 32}))
-    params = SamplingParams(temperature=1.0, max_new_tokens=STEPS)
-    counts = decoded(model, lambda _: TreeDrafter(), params, 10_000)
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+    counts = decoded(model, lambda _: TreeDrafter(), params, [1, 3], 20_000)
     assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES

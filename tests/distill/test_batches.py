@@ -1,0 +1,114 @@
+"""Packing, masks from ids, and a stream that hangs on the step alone."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill.batches import Batch, BatchStream, Example, SeqKD, collate, pack
+from distill.errors import UserError
+from distill.store import Row, RowStore
+
+A, B = Example([11], [12, 13]), Example([14, 15], [16])
+
+
+def test_a_pack_by_hand() -> None:
+    batch = collate([[A, B]], 7)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 14, 15, 16, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 0, 0, 1, 0]]
+
+
+def test_prompts_are_learnt_but_for_the_first_token_where_that_is_wanted() -> None:
+    assert Example([1, 2, 3], [4], learn_prompt=True).loss_mask == [False, True, True, True]
+    assert Example([], [4, 5]).loss_mask == [False, True]
+
+
+def test_a_query_sees_its_own_example_up_to_itself() -> None:
+    mask = collate([[Example([1], [2]), Example([3], [4])]], 5).attention_mask()
+    assert mask.int().tolist() == [
+        [
+            [
+                [1, 0, 0, 0, 0],
+                [1, 1, 0, 0, 0],
+                [0, 0, 1, 0, 0],
+                [0, 0, 1, 1, 0],
+                [0, 0, 0, 0, 1],
+            ]
+        ]
+    ]
+
+
+def test_a_pack_through_a_model_is_its_examples_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ).eval()
+    batch = collate([[A, B]], 8)
+    with torch.inference_mode():
+        mask = torch.where(batch.attention_mask(), 0.0, torch.finfo(torch.float32).min)
+        packed = model(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids
+        ).logits[0]
+        alone = [model(input_ids=torch.tensor([example.ids])).logits[0] for example in (A, B)]
+    torch.testing.assert_close(packed[:6], torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_examples_fill_packs_and_long_ones_are_cut() -> None:
+    packs = pack([A, B, Example([1] * 3, [2] * 9)], 6)
+    assert [sum(len(example.ids) for example in group) for group in packs] == [6, 6]
+    assert packs[1][0].output_ids == [2, 2, 2]
+
+
+def examples(count: int) -> list[Example]:
+    return [Example([number], [number, number]) for number in range(1, count + 1)]
+
+
+def learnt(batches: list[Batch]) -> Counter[int]:
+    return Counter(
+        token for batch in batches for token in batch.input_ids[batch.loss_mask].tolist()
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_and_micro_batches_share_the_same_global_batch(world: int, micro: int) -> None:
+    stream = BatchStream(examples(23), sequence_length=6, batch_size=5, seed=3)
+    whole = learnt(stream.for_process(1, 0, 1, 5))
+    parts = [stream.for_process(1, rank, world, micro) for rank in range(world)]
+    assert sum((learnt(part) for part in parts), Counter()) == whole
+    assert len({len(part) for part in parts}) == 1  # or a process would wait for ever
+    assert {tuple(b.input_ids.shape) for part in parts for b in part} == {(micro, 6)}
+
+
+def test_an_epoch_has_each_example_once_and_the_next_has_another_order() -> None:
+    stream = BatchStream(examples(8), sequence_length=3, batch_size=4, seed=0)
+    epochs = [[p[0].prompt_ids[0] for s in steps for p in stream[s]] for steps in ((0, 1), (2, 3))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 9))
+    assert epochs[0] != epochs[1]
+    again = BatchStream(examples(8), sequence_length=3, batch_size=4, seed=0)
+    assert again[3] == stream[3]
+    assert again[0] == stream[0]  # also after a look at a later epoch
+
+
+def test_nothing_to_learn_is_said() -> None:
+    with pytest.raises(UserError, match="no example has an output"):
+        BatchStream([Example([1, 2, 3], [4])], sequence_length=3, batch_size=1, seed=0)
+
+
+def test_rows_become_examples(tmp_path: Path) -> None:
+    RowStore(tmp_path).append([Row("k", "p", "s", [1, 2], [3], "eos")])
+    tokenizer = None
+    assert SeqKD(rows=tmp_path).examples(tokenizer) == [Example([1, 2], [3])]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="there are no rows"):
+        SeqKD(rows=tmp_path / "none").examples(tokenizer)  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""Rows on disk: whole shards, one row per key, nothing lost."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill.errors import UserError
+from distill.store import Row, RowStore, RowWriter, row_key
+
+
+def row(number: int, *, output: tuple[int, ...] = (7, 8)) -> Row:
+    return Row(f"key{number:03}", f"p{number}", "here:1", [0, number], list(output), "length")
+
+
+def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    with_top = Row(
+        "k", "p", "s", [0, 5], [6], "eos", [[6, 2]], [[-0.5, -1.5]], [0.25]
+    )
+    store.append([row(1), with_top])
+    assert sorted(store.rows(), key=lambda r: r.key) == [with_top, row(1)]
+    assert row(1).loss_mask == [0, 0, 1, 1]
+    assert store.verify() == 2
+
+
+def test_a_row_that_two_writers_made_is_read_once(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row(1), row(2)])
+    store.append([row(2), row(3)])
+    assert [r.key for r in sorted(store.rows(), key=lambda r: r.key)] == [
+        "key001",
+        "key002",
+        "key003",
+    ]
+    assert len(store.dataset()) == len(store) == 3
+    assert "loss_mask" in store.dataset().column_names
+
+
+def test_the_content_hash_does_not_know_shards_or_order(tmp_path: Path) -> None:
+    one, two = RowStore(tmp_path / "one"), RowStore(tmp_path / "two")
+    one.append([row(1), row(2), row(3)])
+    two.append([row(3)])
+    two.append([row(2), row(1)])
+    assert one.content_hash() == two.content_hash()
+    two.append([row(4)])
+    assert one.content_hash() != two.content_hash()
+
+
+def test_the_key_hangs_on_all_that_decides_the_row() -> None:
+    made_from = {
+        "prompt_ids": [1, 2],
+        "sampling": {"temperature": 0.0},
+        "seed": 0,
+        "target": "t",
+        "template": "",
+    }
+    changes = {"prompt_ids": [1], "sampling": {"temperature": 1.0}, "seed": 1, "target": "u"}
+    keys = {row_key(**made_from)} | {  # type: ignore[arg-type]
+        row_key(**{**made_from, name: value})  # type: ignore[arg-type]
+        for name, value in changes.items()
+    }
+    assert len(keys) == 5
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    shard = store.append([row(1)])
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(UserError, match=shard.name):
+        list(store.rows())
+
+
+def test_a_full_disk_leaves_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RowStore(tmp_path)
+    store.append([row(1)])
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="disk is full"):
+            store.append([row(2)])
+    assert store.keys() == {"key001"}
+    assert [path.name for path in tmp_path.iterdir()] == [store.shards()[0].name]
+
+
+def test_the_writer_keeps_its_rows_when_it_is_left_by_an_error(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+
+    def fail() -> None:
+        with RowWriter(store, rows_per_shard=100) as writer:
+            writer.add(row(1))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert store.keys() == {"key001"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from distill.store import Row, RowStore
+store = RowStore(Path(sys.argv[1]))
+number = len(store)
+print("begun", flush=True)
+while True:
+    store.append([Row(f"key{number}", "p", "s", [0], [1] * 50, "length")])
+    number += 1
+"""
+
+
+def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
+    for wait in (0.05, 0.11, 0.23):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        store = RowStore(tmp_path)
+        assert store.verify() == len(store.shards()) > 0
