@@ -244,7 +244,7 @@ class SpeculativeDecoder:
         output: ModelOutput,
     ) -> None:
         """Count the step, and keep log-probabilities where they are wanted."""
-        drafted = (draft.num_nodes - 1).tolist()
+        drafted = [count - 1 for count in draft.num_nodes.tolist()]
         depths = drafted if draft.is_chain else (draft.depths() * draft.valid).amax(1).tolist()
         tried = acceptance.num_tried.tolist()
         accepted = acceptance.num_accepted.tolist()

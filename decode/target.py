@@ -94,7 +94,7 @@ class Target:
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""
-        kept = (acceptance.num_accepted + 1).tolist()
+        kept = [count + 1 for count in acceptance.num_accepted.tolist()]
         self.cached.cache.commit(slots, kept, None if draft.is_chain else acceptance.path)
 
     def release(self, slot: int) -> None:

@@ -1,6 +1,6 @@
 """`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
 
-import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -42,14 +43,13 @@ from distill.report.figures import (
     Output,
     figures,
 )
-from distill.report.html import Passage, page, verdicts
-from distill.report.plots import all_plots
-from distill.report.tables import as_csv, markdown, terminal
+from distill.report.html import page, passages_of
+from distill.report.plots import all_plots, save
+from distill.report.tables import as_csv, as_json, markdown, step_times, terminal, verdicts
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
 from distill.target import LoadedTarget, TargetSettings
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-NUM_PASSAGES = 3
 
 Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
 
@@ -96,7 +96,8 @@ class Evaluate:
         """Measure what is not measured yet and write the report; returns its path.
 
         Raises:
-            UserError: a drafter is unfinished or of another target, or the folder holds other work.
+            UserError: a drafter is unfinished or of another target, there are too few prompts, or
+                the folder holds other work.
         """
         if not self.drafters or {AUTOREGRESSIVE, TRANSFORMERS} & self.drafters.keys():
             raise UserError(
@@ -116,7 +117,7 @@ class Evaluate:
             torch.set_num_threads(self.num_threads)
         target = self.target.load()
         lay_out_for_decoding(target.model)
-        prompts = self.prompts.load(target.tokenizer)
+        prompts = self._load_prompts(target)
         modes = self._modes(target, folders, prompts)
         measurements = self._measure(modes, prompts)
         ties = self._compare(target, measurements, prompts)
@@ -135,12 +136,30 @@ class Evaluate:
         print(f"report: {report}")
         return report
 
-    def _settings(self, folders: Mapping[str, str]) -> dict[str, object]:
+    def _settings(self, folders: Mapping[str, str]) -> dict[str, Any]:
         """What decides the figures, the drafters' descriptions included."""
-        settings = dict(describe(self))
+        settings: dict[str, Any] = describe(self)
         del settings["output"]
         settings["descriptions"] = {name: read_description(path) for name, path in folders.items()}
+        settings["weights"] = {name: weights_hash(Path(path)) for name, path in folders.items()}
         return settings
+
+    def _load_prompts(self, target: LoadedTarget) -> list[Prompt]:
+        """The prompts whose output fits the context: one cut off there is nobody's measure."""
+        room = target.model.config.get_text_config().max_position_embeddings
+        room -= self.sampling.max_new_tokens
+        loaded = self.prompts.load(target.tokenizer)
+        prompts = [prompt for prompt in loaded if len(prompt.ids) <= room]
+        if len(prompts) < len(loaded):
+            left_out = len(loaded) - len(prompts)
+            print(f"{left_out} prompts are left out: with their output they exceed the context")
+        if len(prompts) <= self.batch_size:
+            raise UserError(
+                f"{len(prompts)} prompts fit the context, decoded {self.batch_size} at a time: "
+                "intervals need two such units at least",
+                hint="give more or shorter prompts, or a smaller batch_size",
+            )
+        return prompts
 
     def _exactness(self) -> str:
         is_lossless = self.acceptance.exactness is Exactness.LOSSLESS
@@ -152,12 +171,9 @@ class Evaluate:
         self, target: LoadedTarget, folders: Mapping[str, str], prompts: Sequence[Prompt]
     ) -> dict[str, Mode]:
         longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
-        context = target.model.config.get_text_config().max_position_embeddings
-        wrapped = Target(
-            target.model, max_batch_size=self.batch_size, max_length=min(longest, context)
-        )
+        wrapped = Target(target.model, max_batch_size=self.batch_size, max_length=longest)
         modes: dict[str, Mode] = {AUTOREGRESSIVE: self._ours(target, wrapped, NoDrafter())}
-        if self.compare_transformers and self.batch_size == 1 and not self.sampling.stop:
+        if self._why_not_theirs() is None:
             modes[TRANSFORMERS] = self._theirs(target)
         for name, path in folders.items():
             check_target(read_description(path), path, target)
@@ -183,6 +199,14 @@ class Evaluate:
             return results, time.perf_counter() - started
 
         return run
+
+    def _why_not_theirs(self) -> str | None:
+        """Why transformers' `generate` is not timed; it pads batches and stops otherwise."""
+        if not self.compare_transformers:
+            return "not timed: compare_transformers=false"
+        if self.batch_size > 1:
+            return "not timed: batch_size is above 1"
+        return "not timed: there are stop strings" if self.sampling.stop else None
 
     def _theirs(self, target: LoadedTarget) -> Mode:
         """The `generate` of transformers, with the same sampling."""
@@ -279,31 +303,40 @@ class Evaluate:
         drafters: Sequence[DrafterFigures],
         measurements: Sequence[Measurement],
         prompts: Sequence[Prompt],
-        settings: Mapping[str, object],
+        settings: Mapping[str, Any],
     ) -> None:
         exactness = self._exactness()
         about = environment()
         facts = {
-            "command": shlex.join(["draftsmith", *sys.argv[1:]]),
+            "command": command_line(),
             "target": f"{target.path} ({target.fingerprint})",
-            "drafters": ", ".join(f"{name}: {path}" for name, path in self.drafters.items()),
+            "drafters": ", ".join(
+                f"{name}: {path} ({settings['weights'][name]})"
+                for name, path in self.drafters.items()
+            ),
             "prompts": f"{len(prompts)}, {self.prompts}",
             "sampling": self.sampling,
             "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
             "draft length": self.draft_length,
             "batch size": self.batch_size,
             "timings of each": self.repeats,
+            "order": "interleaved by prompt, rotated; one prompt to warm up is not counted",
+            "transformers' generate": self._why_not_theirs() or "timed on the same prompts",
             "bootstrap": f"{self.num_resamples} resamples of prompts, seed {self.seed}",
             "threads": torch.get_num_threads(),
             "machine": about["machine"],
             "versions": about["versions"],
             "source": about["git"],
         }
-        plots = all_plots(drafters)
-        (self.output / "plots").mkdir(exist_ok=True)
-        for name, data in plots.items():
-            (self.output / "plots" / f"{name}.png").write_bytes(data)
-        write_text(self.output / "results.csv", as_csv(drafters))
+        times = step_times(
+            measurements,
+            [AUTOREGRESSIVE, *self.drafters],
+            num_resamples=self.num_resamples,
+            seed=self.seed,
+        )
+        plots = all_plots(drafters, times)
+        save(plots, self.output / "plots")
+        write_text(self.output / "results.csv", as_csv(drafters, times))
         write_text(self.output / "results.md", markdown(drafters, exactness))
         mode = "greedy" if self.sampling.temperature == 0 else f"T = {self.sampling.temperature}"
         write_text(
@@ -316,15 +349,16 @@ class Evaluate:
                 exactness=exactness,
                 plots=plots,
                 passages={
-                    d.name: _passages(target, measurements, d.name, prompts) for d in drafters
+                    d.name: passages_of(target, prompts, measurements, d.name) for d in drafters
                 },
                 facts=facts,
+                times=times,
             ),
         )
         write_json(
             self.output / "results.json",
             {
-                "drafters": {d.name: dataclasses.asdict(d) for d in drafters},
+                "drafters": as_json(drafters, times),
                 "exactness": exactness,
                 "num_prompts": len(prompts),
                 "settings": settings,
@@ -332,6 +366,24 @@ class Evaluate:
                 "environment": about,
             },
         )
+
+
+def command_line() -> str:
+    """What was typed; a console script is shown by its name alone."""
+    interpreter, *words = sys.orig_argv
+    if words and Path(words[0]).name == "draftsmith":
+        return shlex.join(["draftsmith", *words[1:]])
+    return shlex.join([Path(interpreter).name, *words])
+
+
+def weights_hash(folder: Path) -> str | None:
+    """Hash of a drafter's weights, so that others in the same folder are noticed; None on a hub."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
 
 
 def read_journal(path: Path) -> list[Measurement]:
@@ -386,38 +438,6 @@ def _measurement(
         for result in results
     ]
     return Measurement(unit, mode, repeat, seconds, split, counts, outputs)
-
-
-def _passages(
-    target: LoadedTarget,
-    measurements: Sequence[Measurement],
-    mode: str,
-    prompts: Sequence[Prompt],
-) -> list[Passage]:
-    by_id = {prompt.id: prompt for prompt in prompts}
-    outputs = [o for m in measurements if m.mode == mode and m.repeat == 0 for o in m.outputs]
-    return [
-        Passage(
-            by_id[o.prompt_id].source,
-            by_id[o.prompt_id].text,
-            token_texts(target, o.tokens),
-            o,
-        )
-        for o in sorted(outputs, key=lambda o: list(by_id).index(o.prompt_id))[:NUM_PASSAGES]
-    ]
-
-
-def token_texts(target: LoadedTarget, tokens: Sequence[int]) -> list[str]:
-    """The text each token adds: bytes of a character that spans tokens show with the last."""
-    texts, before = [], ""
-    for count in range(1, len(tokens) + 1):
-        now = target.tokenizer.decode(tokens[:count])
-        if now.endswith("�") and count < len(tokens):
-            texts.append("")
-        else:
-            texts.append(now[len(before) :])
-            before = now
-    return texts
 
 
 main = command("evaluate", Evaluate)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def tiny() -> Build:
     token for ever, and then every drafter is right.
     """
 
-    @lru_cache(maxsize=None)
+    @cache
     def build(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -104,9 +104,9 @@ def tiny() -> Build:
 
 @pytest.fixture(scope="session")
 def perturbed() -> Build:
-    """`perturbed(model, noise=0.07, seed=1)`: a copy that agrees with the model often, not always."""
+    """`perturbed(model, noise=0.07, seed=1)`: a copy that agrees with it often, not always."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def build(model: PreTrainedModel, noise: float = 0.07, seed: int = 1) -> PreTrainedModel:
         generator = torch.Generator().manual_seed(seed)
         other = copy.deepcopy(model)
@@ -135,7 +135,7 @@ def prompt() -> Callable[..., list[int]]:
 def greedy() -> Callable[[PreTrainedModel, Iterable[int], int], list[int]]:
     """`greedy(model, prompt, count)`: what transformers' own greedy `generate` appends."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def cached(model: PreTrainedModel, prompt: tuple[int, ...], count: int) -> list[int]:
         ids = torch.tensor([prompt])
         output = model.generate(

@@ -42,9 +42,7 @@ class Greedy:
             tried.append(num_tried)
             paths.append(path)
         width = draft.tokens.shape[1]
-        return Acceptance(
-            torch.tensor([path + [-1] * (width - len(path)) for path in paths], device=device),
-            torch.tensor([len(path) - 1 for path in paths], device=device),
-            torch.tensor(next_tokens, device=device),
-            torch.tensor(tried, device=device),
-        )
+        accepted = [len(path) - 1 for path in paths]
+        outcome = torch.tensor([accepted, next_tokens, tried], device=device)
+        padded = [path + [-1] * (width - len(path)) for path in paths]
+        return Acceptance(torch.tensor(padded, device=device), *outcome)

@@ -89,8 +89,9 @@ class LMDrafter(Drafter):
 
     def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
         """Forget what was rejected: committed tokens and the accepted path stay."""
-        kept = context.lengths + acceptance.num_accepted.to("cpu")
-        self.cached.cache.truncate(context.slots.tolist(), kept.tolist())
+        lengths, accepted = context.lengths.tolist(), acceptance.num_accepted.tolist()
+        kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
+        self.cached.cache.truncate(context.slots.tolist(), kept)
 
     def end(self, slot: int) -> None:
         """Give the slot back."""

@@ -6,8 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.report.figures import DrafterFigures, Output
-from distill.report.tables import HEADER, change, table_rows
+from distill.prompts import Prompt
+from distill.report.figures import DrafterFigures, Measurement, Output
+from distill.report.tables import (
+    HEADER,
+    NO_TIMES,
+    StepTimes,
+    all_figures,
+    cell,
+    table_rows,
+    verdicts,
+)
+from distill.target import LoadedTarget
 
 ALT = {
     "block_efficiency": "Block efficiency and speedup of each drafter",
@@ -15,42 +25,55 @@ ALT = {
     "time_split": "Time of a step by phase",
 }
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d9dce1; --soft: #667;
-  --accepted: #b9e4c9; --recovered: #ffd0b0; --bonus: #bcd9f7; --mark: #111; }
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d9dce1; --soft: #596070;
+  --accepted: #c3e2fa; --recovered: #ffd09c; --bonus: #b4e3cd; --mark: #333; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #16181c; --line: #383c44;
-  --soft: #9aa; --accepted: #1d5a36; --recovered: #7a3f16; --bonus: #1d4a78; --mark: #fff; } }
+  --soft: #a3adb8; --accepted: #12466f; --recovered: #7d4206; --bonus: #0d5a3f; --mark: #ddd; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+  max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
 .lead { color: var(--soft); margin: 0 0 1.2rem; }
 .verdict { border-left: 4px solid #009e73; padding: .4rem .9rem; margin: 1rem 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { text-align: left; padding: .4rem .7rem; border-bottom: 1px solid var(--line); }
+.scroll { overflow-x: auto; margin-bottom: .6rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
 th { font-weight: 600; } td { white-space: nowrap; }
 td:last-child { white-space: normal; } td.wrap { overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .4rem 0; }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px;
+  margin: .8rem 0; }
+summary { cursor: pointer; margin: 1rem 0 .6rem; font-weight: 600; }
 .tabs > input { position: absolute; opacity: 0; }
 .tabs > label { display: inline-block; padding: .3rem .8rem; border: 1px solid var(--line);
   border-radius: 999px; margin: 0 .3rem .5rem 0; cursor: pointer; }
 .tabs > input:checked + label { background: var(--ink); color: var(--paper); }
 .tabs > input:focus-visible + label { outline: 3px solid #56b4e9; }
-.tabs > .panel { display: none; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.75 ui-monospace, monospace;
+.tabs > .panel { display: none; } .panel > h3.name { display: none; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.85 ui-monospace, monospace;
   border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: .5rem 0 1.2rem; }
-.p { color: var(--soft); } .a { background: var(--accepted); } .r { background: var(--recovered); }
-.b { background: var(--bonus); } .s { border-left: 2px solid var(--mark); }
-.a, .r, .b { border-radius: 2px; color: var(--ink); }
-.legend span { padding: .1rem .5rem; margin-right: .5rem; }
-@media print { body { max-width: none; } .tabs > .panel { display: block !important; }
-  * { print-color-adjust: exact; } }
+.p { color: var(--soft); }
+.a, .r, .b { border-radius: 2px; color: var(--ink); padding: .1em 0; }
+.a { background: var(--accepted); }
+.r { background: var(--recovered); border-bottom: 2px dotted var(--mark); }
+.b { background: var(--bonus); border-bottom: 2px solid var(--mark); }
+.s { box-shadow: inset 2px 0 var(--mark); } .s:not(:empty) { padding-left: 3px; }
+i.n::before { content: "⏎"; opacity: .45; font-style: normal; }
+.legend span { display: inline-block; padding: .1rem .5rem; margin: 0 .5rem .3rem 0; }
+@media print { body { max-width: none; font-size: 11px; padding: 0; } pre { font-size: 9px; }
+  .tabs > input, .tabs > label { display: none; } img, tr { break-inside: avoid; }
+  .tabs > .panel, .panel > h3.name { display: block !important; } .scroll { overflow: visible; }
+  td, th { white-space: normal; padding: .2rem .3rem; } * { print-color-adjust: exact; } }
 """
 KINDS = {
     "a": "drafted and accepted",
     "r": "recovered: the target's token after a rejection",
-    "b": "bonus: the target's token behind a draft that was accepted whole",
+    "b": "bonus: the target's token behind a draft that was accepted whole, or behind none",
 }
+NUM_PASSAGES = 3
+ANCHOR = 8  # tokens of the prompt that are decoded along: some tokenizers strip what comes first
+PROMPT_SHOWN = 1500  # characters: its end, next to which the output stands
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +127,48 @@ def marks(output: Output) -> list[Mark]:
     ]
 
 
+def passages_of(
+    target: LoadedTarget,
+    prompts: Sequence[Prompt],
+    measurements: Sequence[Measurement],
+    mode: str,
+) -> list[Passage]:
+    """What one mode made of the first few prompts."""
+    outputs = {
+        output.prompt_id: output
+        for m in measurements
+        if m.mode == mode and m.repeat == 0
+        for output in m.outputs
+    }
+    return [
+        Passage(p.source, p.text, token_texts(target, output.tokens, p.ids[-ANCHOR:]), output)
+        for p in prompts[:NUM_PASSAGES]
+        for output in [outputs[p.id]]
+    ]
+
+
+def token_texts(
+    target: LoadedTarget, tokens: Sequence[int], prompt: Sequence[int] = ()
+) -> list[str]:
+    """The text each token adds behind `prompt`; bytes of one character show with its last token."""
+
+    def decoded(count: int) -> str:
+        text: str = target.tokenizer.decode(
+            [*prompt, *tokens[:count]], clean_up_tokenization_spaces=False
+        )
+        return text
+
+    texts, before = [], decoded(0)
+    for count in range(1, len(tokens) + 1):
+        now = decoded(count)
+        if now.endswith("�") and count < len(tokens):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            before = now
+    return texts
+
+
 def page(
     *,
     title: str,
@@ -113,9 +178,9 @@ def page(
     plots: Mapping[str, bytes],
     passages: Mapping[str, Sequence[Passage]],
     facts: Mapping[str, Any],
+    times: Mapping[str, StepTimes] = NO_TIMES,
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
-    tabs = _tabs({name: "".join(map(_passage, rows)) for name, rows in passages.items()})
     legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in KINDS.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -126,38 +191,26 @@ def page(
 <div class="verdict">{"<br>".join(html.escape(line) for line in verdicts(drafters))}</div>
 <div class="scroll">{_table([HEADER, *table_rows(drafters, exactness)])}</div>
 <p class="lead">Brackets hold 95 % bootstrap intervals over prompts; comparisons are paired by
-prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the target's own included.</p>
+prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the target's own included.
+Of the two speedups, quote the smaller.</p>
 <h2>Plots</h2>
 {"".join(_image(name, data) for name, data in plots.items())}
 <h2>Who wrote which token</h2>
 <p class="legend"><span class="p">prompt</span>{legend}<span class="s">begin of a step</span></p>
-{tabs}
+{_tabs({name: "".join(map(_passage, rows)) for name, rows in passages.items()})}
 <h2>How it was measured</h2>
 <div class="scroll">{_facts(facts)}</div>
+<details><summary>All figures</summary>
+<div class="scroll">{_figures(drafters, times)}</div></details>
 </body></html>
 """
 
 
-def verdicts(drafters: Sequence[DrafterFigures]) -> list[str]:
-    """The outcome in plain words, one sentence a drafter."""
-    first = drafters[0]
-    lines = [
-        f"{d.name}: τ is {d.verdict} than {first.name}'s ({change(d.relative_block_efficiency)})."
-        if d.verdict in ("higher", "lower")
-        else f"{d.name}: τ is not distinguishable from {first.name}'s "
-        f"({change(d.relative_block_efficiency)})."
-        for d in drafters[1:]
-    ]
-    best = max(drafters, key=lambda d: d.speedup.value)
-    speed = best.speedup
-    word = (
-        "faster" if speed.low > 1 else "slower" if speed.high < 1 else "neither faster nor slower"
-    )
-    lines.append(
-        f"The fastest, {best.name}, makes decoding {speed.value:.2f} times as fast "
-        f"[{speed.low:.2f}, {speed.high:.2f}]: {word} than without a drafter on this machine."
-    )
-    return lines
+def _figures(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes]) -> str:
+    found = {d.name: all_figures(d, times.get(d.name, {})) for d in drafters}
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    rows = [[name, *(cell(figures.get(name), 3) for figures in found.values())] for name in names]
+    return _table([["figure", *found], *rows])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -192,17 +245,37 @@ def _tabs(panels: Mapping[str, str]) -> str:
             f'<input type="radio" name="tab" id="tab{index}"{checked}>'
             f'<label for="tab{index}">{html.escape(name)}</label>'
         )
-        bodies.append(f'<div class="panel" id="panel{index}">{body}</div>')
+        heading = f'<h3 class="name">{html.escape(name)}</h3>'
+        bodies.append(f'<div class="panel" id="panel{index}">{heading}{body}</div>')
     style = f"<style>{' '.join(rules)}</style>"
     return f'{style}<div class="tabs">{"".join(controls)}{"".join(bodies)}</div>'
 
 
 def _passage(passage: Passage) -> str:
+    written = marks(passage.output)
     spans = []
-    for text, mark in zip(passage.tokens, marks(passage.output), strict=True):
+    for text, mark in zip(passage.tokens, written, strict=True):
         begins = " s" if mark.position == 1 else ""
-        title = f"step {mark.step}: {mark.accepted} of {mark.drafted} drafted tokens accepted"
-        shown = html.escape(text).replace("\n", "⏎\n")
-        spans.append(f'<span class="{mark.kind}{begins}" title="{title}">{shown}</span>')
-    head = f"<p>{html.escape(passage.source)}</p>"
-    return f'{head}<pre><span class="p">{html.escape(passage.prompt)}</span>{"".join(spans)}</pre>'
+        title = f"step {mark.step}, token {mark.position}: " + (
+            f"{mark.accepted} of {mark.drafted} drafted tokens accepted"
+            if mark.drafted
+            else "the target alone, nothing drafted"
+        )
+        spans.append(f'<span class="{mark.kind}{begins}" title="{title}">{_shown(text)}</span>')
+    kinds = [mark.kind for mark in written]
+    head = (
+        f"{passage.source}: {len(written)} tokens in {len(passage.output.steps)} target passes; "
+        f"{kinds.count('a')} accepted, {kinds.count('r')} recovered, {kinds.count('b')} bonus"
+    )
+    prompt = passage.prompt
+    if len(prompt) > PROMPT_SHOWN:
+        prompt = "… " + prompt[-PROMPT_SHOWN:]
+    return (
+        f"<p>{html.escape(head)}</p>"
+        f'<pre><span class="p">{html.escape(prompt)}</span>{"".join(spans)}</pre>'
+    )
+
+
+def _shown(text: str) -> str:
+    """Escaped, with a sign at line ends that is drawn but not copied."""
+    return html.escape(text).replace("\n", '<i class="n"></i>\n')

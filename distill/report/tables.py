@@ -1,12 +1,17 @@
-"""Figures as Markdown and CSV."""
+"""Figures as words: Markdown, CSV, JSON, and the verdict in plain language."""
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
 
-from distill.report.bootstrap import Interval
-from distill.report.figures import DrafterFigures
+import numpy as np
+
+from distill.report.bootstrap import Interval, ratio, resamples
+from distill.report.figures import DrafterFigures, Measurement, Sums
 
 HEADER = (
     "drafter",
@@ -18,6 +23,10 @@ HEADER = (
     "vs transformers",
     "output",
 )
+PHASES = ("draft", "verify", "other")
+
+StepTimes = Mapping[str, Interval]  # phase -> milliseconds per step; "step" is all of them
+NO_TIMES: Mapping[str, StepTimes] = MappingProxyType({})
 
 
 def cell(interval: Interval | None, digits: int = 2) -> str:
@@ -33,8 +42,21 @@ def change(interval: Interval | None) -> str:
     """A ratio as a change in per cent: "+18.2 % [+14.0, +22.1]"."""
     if interval is None:
         return "–"
+    if math.isnan(interval.value):
+        return "undefined"
     value, low, high = ((x - 1) * 100 for x in (interval.value, interval.low, interval.high))
     return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def verdict(relative: Interval) -> str:
+    """A ratio to the first drafter in words; "higher" and "lower" only where the interval says so.
+
+    >>> verdict(Interval(1.2, 0.9, 1.4))
+    'not distinguishable'
+    """
+    if not relative.clear_of(1.0):
+        return "not distinguishable"
+    return "higher" if relative.value > 1 else "lower"
 
 
 def outcome(figures: DrafterFigures, exactness: str) -> str:
@@ -44,6 +66,55 @@ def outcome(figures: DrafterFigures, exactness: str) -> str:
     if figures.mismatches == 0:
         return f"{exactness}: all equal"
     return f"{exactness}: {figures.mismatches} differ, {figures.near_ties} of them near ties"
+
+
+def verdicts(drafters: Sequence[DrafterFigures]) -> list[str]:
+    """The outcome in plain words: each drafter against the first, speed, and what went wrong."""
+    first = drafters[0].name
+    lines = [f"{d.name}: {_against(d, first)}." for d in drafters[1:]]
+    best = max(drafters, key=lambda d: d.speedup.value)
+    is_ours = best.speedup is best.speedup_over_autoregressive
+    baseline = "our autoregressive loop" if is_ours else "transformers' generate"
+    word = {"higher": "a gain", "lower": "a loss"}.get(verdict(best.speedup), "no clear gain")
+    name = best.name if len(drafters) == 1 else f"{best.name}, the fastest,"
+    lines.append(f"Speed: {name} runs at {cell(best.speedup)} times {baseline}: {word} here.")
+    for d in drafters:
+        if (d.mismatches or 0) > d.near_ties:
+            wrong = (d.mismatches or 0) - d.near_ties
+            lines.append(
+                f"Wrong: {wrong} outputs of {d.name} differ from the target's own where it was not "
+                "a near tie. There must be none; please report it."
+            )
+    return lines
+
+
+def _against(d: DrafterFigures, first: str) -> str:
+    compared = {"α": d.relative_alpha, "tokens/s": d.relative_speed}
+    words = [f"{name} {verdict(x)} ({change(x)})" for name, x in compared.items() if x is not None]
+    if d.relative_block_efficiency is not None:
+        word = verdict(d.relative_block_efficiency)
+        word += " than" if word in ("higher", "lower") else " from"
+        words = [f"τ is {word} {first}'s ({change(d.relative_block_efficiency)})", *words]
+    return "; ".join(words)
+
+
+def step_times(
+    measurements: Sequence[Measurement], modes: Sequence[str], *, num_resamples: int, seed: int
+) -> dict[str, StepTimes]:
+    """Milliseconds of a step by phase, for each mode; the prompts' own forwards are left out."""
+    num_units = 1 + max(measurement.unit for measurement in measurements)
+    draws = resamples(num_units, num_resamples, seed)
+    times: dict[str, StepTimes] = {}
+    for mode in modes:
+        sums = Sums([m for m in measurements if m.mode == mode], num_units)
+        spent = {
+            phase: 1e3 * np.array([sum(m.split.get(phase, 0.0) for m in u) for u in sums.by_unit])
+            for phase in PHASES
+        }
+        spent["step"] = np.sum(list(spent.values()), axis=0)
+        steps = sums.count("num_steps")
+        times[mode] = {phase: ratio(total, steps, draws) for phase, total in spent.items()}
+    return times
 
 
 def table_rows(drafters: Sequence[DrafterFigures], exactness: str) -> list[tuple[str, ...]]:
@@ -66,7 +137,8 @@ def table_rows(drafters: Sequence[DrafterFigures], exactness: str) -> list[tuple
 def markdown(drafters: Sequence[DrafterFigures], exactness: str) -> str:
     """The headline table."""
     rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(drafters, exactness)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped) + "\n"
 
 
 def terminal(drafters: Sequence[DrafterFigures], exactness: str) -> str:
@@ -79,31 +151,61 @@ def terminal(drafters: Sequence[DrafterFigures], exactness: str) -> str:
     )
 
 
-def as_csv(drafters: Sequence[DrafterFigures]) -> str:
+def all_figures(d: DrafterFigures, times: StepTimes = MappingProxyType({})) -> dict[str, Interval]:
+    """Every figure of a drafter by name; what was not measured is left out."""
+    named: dict[str, Interval | None] = {
+        "alpha": d.alpha,
+        "expected_alpha": d.expected_alpha,
+        "draft_acceptance_rate": d.draft_acceptance_rate,
+        "block_efficiency": d.block_efficiency,
+        "tokens_per_second": d.tokens_per_second,
+        "speedup": d.speedup,
+        "speedup_over_autoregressive": d.speedup_over_autoregressive,
+        "speedup_over_transformers": d.speedup_over_transformers,
+        "relative_alpha": d.relative_alpha,
+        "relative_block_efficiency": d.relative_block_efficiency,
+        "relative_speed": d.relative_speed,
+    }
+    named |= {f"accepted_at_{i}": x for i, x in enumerate(d.accepted_at)}
+    named |= {f"accepted_at_{i}_conditional": x for i, x in enumerate(d.accepted_at_conditional)}
+    named |= {f"milliseconds_per_step_{phase}": x for phase, x in times.items()}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def as_csv(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes] = NO_TIMES) -> str:
     """One line per drafter and figure: name, figure, value, low, high."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["drafter", "figure", "value", "low", "high"])
     for d in drafters:
-        named: dict[str, Interval | None] = {
-            "alpha": d.alpha,
-            "expected_alpha": d.expected_alpha,
-            "draft_acceptance_rate": d.draft_acceptance_rate,
-            "block_efficiency": d.block_efficiency,
-            "tokens_per_second": d.tokens_per_second,
-            "speedup_over_autoregressive": d.speedup_over_autoregressive,
-            "speedup_over_transformers": d.speedup_over_transformers,
-            "relative_alpha": d.relative_alpha,
-            "relative_block_efficiency": d.relative_block_efficiency,
-            "relative_speed": d.relative_speed,
-        }
-        named |= {f"accepted_at_{i}": x for i, x in enumerate(d.accepted_at)}
-        named |= {
-            f"accepted_at_{i}_conditional": x for i, x in enumerate(d.accepted_at_conditional)
-        }
-        for figure, x in named.items():
-            if x is not None:
-                writer.writerow([d.name, figure, x.value, x.low, x.high])
-        for phase, value in d.milliseconds.items():
-            writer.writerow([d.name, f"milliseconds_per_step_{phase}", value, "", ""])
+        for figure, x in all_figures(d, times.get(d.name, {})).items():
+            writer.writerow([d.name, figure, x.value, x.low, x.high])
     return buffer.getvalue()
+
+
+def as_json(
+    drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes]
+) -> dict[str, dict[str, Any]]:
+    """Name -> fields and what follows from them; what is undefined is null, for JSON has no NaN."""
+    found = {}
+    for d in drafters:
+        relative = {
+            "alpha": d.relative_alpha,
+            "block_efficiency": d.relative_block_efficiency,
+            "speed": d.relative_speed,
+        }
+        fields = asdict(d) | {
+            "speedup": asdict(d.speedup),
+            "milliseconds_per_step": {phase: asdict(x) for phase, x in times[d.name].items()},
+            "against_first": {name: verdict(x) for name, x in relative.items() if x is not None},
+        }
+        found[d.name] = _without_nan(fields)
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        if isinstance(value.get("value"), float) and math.isnan(value["value"]):
+            return None
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return [_without_nan(entry) for entry in value] if isinstance(value, list) else value

@@ -8,6 +8,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
@@ -15,6 +17,8 @@ from transformers import (
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -196,18 +200,33 @@ def test_max_length_is_a_context_of_its_own(tiny, perturbed, prompt, greedy):
     assert results[0].tokens == greedy(model, prompt(2), 18)
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_padding_does_not_stretch_rotary_positions(perturbed, prompt, slots):
-    """Dynamic scaling looks at the largest position of a forward; padding has none of its own."""
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+def rotary(context: int, **rope: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=24, rope_parameters=rope,
-        initializer_range=0.5, eos_token_id=None, bos_token_id=None,
+        num_attention_heads=4, max_position_embeddings=context, initializer_range=0.5,
+        eos_token_id=None, bos_token_id=None, rope_parameters={"rope_theta": 10000.0} | rope,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    decoder = decoder_of(model, perturbed(model), slots=slots)
+    return LlamaForCausalLM(config).eval()
+
+
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 24,
+}
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(
+    "context_and_rope", [(24, {"rope_type": "dynamic", "factor": 4.0}), (96, LONG)]
+)
+def test_padding_does_not_stretch_rotary_positions(perturbed, prompt, slots, context_and_rope):
+    """Such scaling looks at the largest position of a forward; padding has none of its own."""
+    context, rope = context_and_rope
+    model = rotary(context, **rope)
+    decoder = decoder_of(model, perturbed(model), slots=slots, max_length=24)
     texts = [prompt(22), prompt(4), prompt(9)]
     results = decoder.generate(
         [request(row, text, max_new_tokens=30) for row, text in enumerate(texts)]
@@ -217,6 +236,12 @@ def test_padding_does_not_stretch_rotary_positions(perturbed, prompt, slots):
         with torch.no_grad():
             logits = model(torch.tensor([text + result.tokens])).logits[0]
         assert logits.argmax(-1)[len(text) - 1 : -1].tolist() == result.tokens
+
+
+def test_rotary_scaling_that_switches_inside_the_context_is_refused():
+    """Cached keys, drafts and neighbours would be turned by one scale or the other."""
+    with pytest.raises(ValueError, match=r"longrope.* max_length=24"):
+        Target(rotary(96, **LONG))
 
 
 def test_a_drafter_may_have_the_shorter_context(tiny, perturbed, prompt, greedy):
@@ -430,20 +455,25 @@ def test_an_attention_that_takes_no_4d_masks_is_refused(tiny, attention):
         Target(model)
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "gpt_neo"])
+SMALL = {"vocab_size": 97, "hidden_size": 16, "bos_token_id": 0, "eos_token_id": 0}
+OWN_MASKS = {
+    # Biases by distance, made from a 2-D mask or from the number of keys.
+    BloomForCausalLM: BloomConfig(**SMALL, n_layer=1, n_head=2),
+    FalconForCausalLM: FalconConfig(
+        **SMALL, num_hidden_layers=1, num_attention_heads=2, alibi=True
+    ),
+    MptForCausalLM: MptConfig(vocab_size=97, d_model=16, n_layers=1, n_heads=2, max_seq_len=32),
+    # Counts keys to find out where its window is: silently wrong for ragged batches.
+    GPTNeoForCausalLM: GPTNeoConfig(
+        **SMALL, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", OWN_MASKS)
 def test_a_model_that_makes_its_own_masks_is_refused(architecture):
-    """Bloom derives its biases from a 2-D mask; GPT-Neo counts keys to find out where it is: right
-    for one sequence, silently wrong for a ragged batch."""
-    ids = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0}
-    if architecture == "bloom":
-        model = BloomForCausalLM(BloomConfig(**ids, hidden_size=16, n_layer=1, n_head=2))
-    else:
-        config = GPTNeoConfig(
-            **ids, hidden_size=16, num_layers=2, num_heads=2, window_size=4,
-            attention_types=[[["global", "local"], 1]], max_position_embeddings=32,
-        )  # fmt: skip
-        model = GPTNeoForCausalLM(config)
-    with pytest.raises(ValueError, match=r"4-D masks"):
+    model = architecture(OWN_MASKS[architecture])
+    with pytest.raises(ValueError, match=rf"{architecture.__name__} .* 4-D masks"):
         Target(model, max_length=32)
 
 

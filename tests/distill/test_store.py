@@ -20,9 +20,7 @@ def row(number: int, *, output: tuple[int, ...] = (7, 8)) -> Row:
 
 def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
-    with_top = Row(
-        "k", "p", "s", [0, 5], [6], "eos", [[6, 2]], [[-0.5, -1.5]], [0.25]
-    )
+    with_top = Row("k", "p", "s", [0, 5], [6], "eos", [[6, 2]], [[-0.5, -1.5]], [0.25])
     store.append([row(1), with_top])
     assert sorted(store.rows(), key=lambda r: r.key) == [with_top, row(1)]
     assert row(1).loss_mask == [0, 0, 1, 1]

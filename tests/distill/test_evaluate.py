@@ -1,0 +1,148 @@
+"""A small evaluation, whole, cut short, and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from decode import SamplingParams
+from distill.drafter_folder import find_drafter
+from distill.errors import UserError
+from distill.evaluate import Evaluate, is_near_tie, read_journal
+from distill.prompts import DatasetPrompts, Prompt
+from distill.report.html import token_texts
+from distill.target import TargetSettings
+
+
+def save_model(folder: Path, noise: float) -> Path:
+    words = {f"w{i}": i for i in range(50)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="w1", eos_token="w2")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_model(root / "target", 0.0)
+    save_model(root / "good", 0.02)
+    save_model(root / "bad", 1.0)
+    prompts = [{"prompt": " ".join(f"w{(i * 7 + j) % 50}" for j in range(4))} for i in range(5)]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    return root
+
+
+def evaluation(folders: Path, output: Path, **changes: object) -> Evaluate:
+    settings: dict[str, object] = {
+        "target": TargetSettings(path=str(folders / "target")),
+        "drafters": {name: str(folders / name) for name in ("bad", "good")},
+        "prompts": DatasetPrompts(path=str(folders / "prompts.jsonl")),
+        "sampling": SamplingParams(max_new_tokens=20, ignore_eos=True),
+        "draft_length": 3,
+        "num_resamples": 200,
+        "output": output,
+    }
+    return Evaluate(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_an_evaluation_gives_figures_and_is_not_done_twice(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluation(folders, tmp_path).run()
+    results = json.loads((tmp_path / "results.json").read_text())
+    good, bad = results["drafters"]["good"], results["drafters"]["bad"]
+    assert good["block_efficiency"]["value"] > 1.5 > bad["block_efficiency"]["value"] >= 1.0
+    assert good["verdict" if "verdict" in good else "mismatches"] == 0
+    assert results["exactness"] == "greedy-identical"
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "acceptance_by_position.png",
+        "block_efficiency.png",
+        "time_split.png",
+    }
+    before = report.read_text()
+    capsys.readouterr()
+    evaluation(folders, tmp_path).run()
+    assert "is finished" in capsys.readouterr().out
+    assert report.read_text() == before
+    with pytest.raises(UserError, match="draft_length"):
+        evaluation(folders, tmp_path, draft_length=2).run()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(folders: Path, tmp_path: Path) -> None:
+    evaluation(folders, tmp_path / "whole").run()
+    lines = (tmp_path / "whole" / "measurements.jsonl").read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "measurements.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
+    evaluation(folders, cut).run()
+    done = read_journal(cut / "measurements.jsonl")
+    whole = read_journal(tmp_path / "whole" / "measurements.jsonl")
+    assert [(m.unit, m.mode, m.outputs) for m in done] == [
+        (m.unit, m.mode, m.outputs) for m in whole
+    ]
+
+
+def test_sampling_and_batches(folders: Path, tmp_path: Path) -> None:
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, ignore_eos=True)
+    evaluation(folders, tmp_path, sampling=sampling, batch_size=2).run()
+    good = json.loads((tmp_path / "results.json").read_text())["drafters"]["good"]
+    assert good["mismatches"] is None
+    assert 0 < good["expected_alpha"]["value"] <= 1
+    assert good["speedup_over_transformers"] is None
+
+
+def test_a_drafter_that_cannot_be_used_is_said(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="half-written"):
+        find_drafter(tmp_path / "half")
+    with pytest.raises(UserError, match="there is no drafter"):
+        find_drafter(tmp_path / "none")
+    other = save_model(tmp_path / "other", 0.02)
+    (other / "draftsmith.json").write_text(
+        json.dumps({"family": "lm", "target": "llama", "target_fingerprint": "another"})
+    )
+    with pytest.raises(UserError, match="aligned to the target llama"):
+        evaluation(folders, tmp_path / "run", drafters={"other": str(other)}).run()
+
+
+def test_only_a_near_tie_excuses_a_mismatch(folders: Path) -> None:
+    target = TargetSettings(path=str(folders / "target")).load()
+    prompt = Prompt("p", [3, 4], "", None, "")
+    logits = target.model(input_ids=torch.tensor([prompt.ids])).logits[0, -1]
+    best, *_, worst = logits.argsort(descending=True).tolist()
+    assert not is_near_tie(target, prompt, [best], [worst])
+    head = target.model.lm_head
+    with torch.no_grad():
+        head.weight[worst] = head.weight[best]
+    assert is_near_tie(target, prompt, [best], [worst])
+
+
+def test_texts_of_tokens_add_up(folders: Path) -> None:
+    target = TargetSettings(path=str(folders / "target")).load()
+    tokens = [5, 6, 7]
+    assert "".join(token_texts(target, tokens)) == target.tokenizer.decode(tokens)

@@ -1,0 +1,130 @@
+"""Intervals with a known answer, figures by hand, and a page that tells who wrote what."""
+
+import re
+
+import numpy as np
+
+from distill.report.bootstrap import ratio, ratio_of_ratios, resamples
+from distill.report.figures import AUTOREGRESSIVE, Measurement, Output, figures
+from distill.report.html import Passage, marks, page, verdicts
+from distill.report.plots import all_plots
+from distill.report.tables import as_csv, markdown
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    draws = resamples(60, 400, seed=1)
+    covered = 0
+    for _ in range(300):
+        counts = rng.integers(5, 40, size=60).astype(float)
+        hits = rng.binomial(counts.astype(int), 0.6).astype(float)
+        interval = ratio(hits, counts, draws)
+        covered += interval.low <= 0.6 <= interval.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_rates_are_pooled_and_not_means_of_means() -> None:
+    draws = resamples(2, 50, seed=0)
+    assert ratio(np.array([1.0, 90.0]), np.array([1.0, 99.0]), draws).value == 0.91
+
+
+def test_pairing_takes_the_difficulty_of_the_prompts_out() -> None:
+    rng = np.random.default_rng(0)
+    difficulty = rng.uniform(0.5, 4.0, size=50)
+    ones = np.ones(50)
+    draws = resamples(50, 1000, seed=0)
+    paired = ratio_of_ratios(difficulty * 1.1, ones, difficulty, ones, draws)
+    alone = ratio(difficulty * 1.1, ones, draws)
+    assert abs(paired.value - 1.1) < 1e-9
+    assert paired.high - paired.low < 1e-9 < 0.3 < alone.high - alone.low
+
+
+def measurement(unit: int, mode: str, steps: list[list[int]], seconds: float) -> Measurement:
+    behind = steps[1:]
+    depth = max((s[0] for s in behind), default=0)
+    tried = [min(s[1] + 1, s[0]) for s in behind]
+    counts = {
+        "num_steps": len(behind),
+        "num_emitted_tokens": sum(s[2] for s in behind),
+        "num_draft_tokens": sum(s[0] for s in behind),
+        "num_tried_tokens": sum(tried),
+        "num_accepted_tokens": sum(s[1] for s in behind),
+        "num_drafts_per_pos": [sum(s[0] > i for s in behind) for i in range(depth)],
+        "num_tried_per_pos": [sum(t > i for t in tried) for i in range(depth)],
+        "num_accepted_tokens_per_pos": [sum(s[1] > i for s in behind) for i in range(depth)],
+        "expected_accepted": 0.0,
+    }
+    tokens = list(range(sum(s[2] for s in steps)))
+    split = {"draft": seconds / 4, "verify": seconds / 2, "other": seconds / 4}
+    return Measurement(unit, mode, 0, seconds, split, counts, [Output(f"p{unit}", tokens, steps)])
+
+
+WEAK = [[0, 0, 1], [2, 0, 1], [2, 1, 2], [2, 2, 3]]  # 3 of 5 tried accepted, 6 tokens in 3 steps
+STRONG = [[0, 0, 1], [2, 2, 3], [2, 2, 3]]
+ALL = [
+    measurement(unit, mode, steps, seconds)
+    for unit in range(4)
+    for mode, steps, seconds in (
+        (AUTOREGRESSIVE, [[0, 0, 1]] * 7, 7.0),
+        ("weak", WEAK, 5.0),
+        ("strong", STRONG, 3.5),
+    )
+]
+
+
+def both():  # type: ignore[no-untyped-def]
+    ties = {"weak": (0, 0), "strong": (1, 1)}
+    return figures(ALL, ["weak", "strong"], is_greedy=True, ties=ties, num_resamples=50, seed=0)
+
+
+def test_figures_by_hand() -> None:
+    weak, strong = both()
+    assert weak.alpha.value == 3 / 5
+    assert weak.draft_acceptance_rate.value == 3 / 6
+    assert weak.block_efficiency.value == 6 / 3
+    assert [round(x.value, 3) for x in weak.accepted_at] == [0.667, 0.333]
+    assert [round(x.value, 3) for x in weak.accepted_at_conditional] == [0.667, 0.5]
+    assert weak.speedup_over_autoregressive.value == 7 / 5
+    assert weak.speedup_over_transformers is None
+    assert weak.relative_block_efficiency is None
+    assert strong.relative_block_efficiency is not None
+    assert strong.relative_block_efficiency.value == 1.5
+    assert (weak.verdict, strong.verdict) == ("the reference", "higher")
+    assert weak.milliseconds["verify"] == 2.5 / 3 * 1000
+    assert (weak.mismatches, strong.mismatches, strong.near_ties) == (0, 1, 1)
+
+
+def test_tables_say_what_the_figures_say() -> None:
+    text = markdown(both(), "greedy-identical")
+    assert "| weak | 0.600 [0.600, 0.600] | 2.00 [2.00, 2.00] | – |" in text
+    assert "+50.0 % [+50.0, +50.0]" in text
+    assert "1 differ, 1 of them near ties" in text
+    assert "strong,block_efficiency,3.0,3.0,3.0" in as_csv(both())
+
+
+def test_every_token_has_one_writer() -> None:
+    output = Output("p", list(range(7)), WEAK)
+    assert "".join(mark.kind for mark in marks(output)) == "brar" + "aab"
+    cut = Output("p", [1, 2, 3], [[0, 0, 1], [5, 2, 2]])  # EOS was the second accepted token
+    assert "".join(mark.kind for mark in marks(cut)) == "baa"
+
+
+def test_the_page_is_whole_escaped_and_fetches_nothing() -> None:
+    drafters = both()
+    tokens = ["<b>", "&", "\n", "x", "y", "z", "<script>"]
+    passage = Passage("m:1", "if a < b & c:", tokens, Output("p", list(range(7)), WEAK))
+    text = page(
+        title="<T>",
+        lead="lead",
+        drafters=drafters,
+        exactness="greedy-identical",
+        plots=all_plots(drafters),
+        passages={"weak": [passage], "strong": []},
+        facts={"command": "draftsmith evaluate 'a<b'"},
+    )
+    assert "<script" not in text
+    assert "if a &lt; b &amp; c:" in text
+    assert "&lt;b&gt;" in text
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text)
+    assert text.count('class="a"') + text.count('class="a s"') == 4  # legend and three tokens
+    assert "strong: τ is higher than weak's" in " ".join(verdicts(drafters))
