@@ -35,6 +35,7 @@ from distill.drafter_folder import check_target, find_drafter, read_description
 from distill.errors import UserError
 from distill.progress import Progress
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
+from distill.report.bootstrap import FEW
 from distill.report.figures import (
     AUTOREGRESSIVE,
     TRANSFORMERS,
@@ -133,6 +134,8 @@ class Evaluate:
         folder.finish({"report": report.name, "prompts": len(prompts)})
         print(terminal(drafters, self._exactness()))
         print("\n".join(verdicts(drafters)))
+        if len(prompts) <= (FEW - 1) * self.batch_size:
+            print("These are few prompts: the intervals are too narrow; give more.")
         print(f"report: {report}")
         return report
 
@@ -307,6 +310,8 @@ class Evaluate:
     ) -> None:
         exactness = self._exactness()
         about = environment()
+        num_units = 1 + max(m.unit for m in measurements)
+        doubt = f"; {num_units} units are few: intervals are too narrow" if num_units < FEW else ""
         facts = {
             "command": command_line(),
             "target": f"{target.path} ({target.fingerprint})",
@@ -322,10 +327,10 @@ class Evaluate:
             "timings of each": self.repeats,
             "order": "interleaved by prompt, rotated; one prompt to warm up is not counted",
             "transformers' generate": self._why_not_theirs() or "timed on the same prompts",
-            "bootstrap": f"{self.num_resamples} resamples of prompts, seed {self.seed}",
+            "bootstrap": f"{self.num_resamples} resamples of {num_units} units, seed {self.seed}",
             "threads": torch.get_num_threads(),
             "machine": about["machine"],
-            "versions": about["versions"],
+            "versions": ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
             "source": about["git"],
         }
         times = step_times(
@@ -344,7 +349,7 @@ class Evaluate:
             page(
                 title=self.title,
                 lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
-                f"draft length {self.draft_length}; {exactness}",
+                f"draft length {self.draft_length}; {exactness}{doubt}",
                 drafters=drafters,
                 exactness=exactness,
                 plots=plots,

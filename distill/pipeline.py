@@ -161,7 +161,7 @@ class Pipeline:
             write_card(path, measured_in_evaluation(load_results(evaluate.output), name))
         return evaluate.output / "report.html"
 
-    def _once(self, step: str, inputs: object, product: Path, run: Callable[[], object]) -> None:
+    def _once(self, step: str, inputs: object, product: Path, run: Callable[[], object]) -> bool:
         """Run a step, unless its product is there and was made from the same inputs.
 
         A step's name is its folder below `output`. What was made there from other inputs is put

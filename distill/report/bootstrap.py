@@ -1,17 +1,23 @@
 """Percentile bootstrap over prompts, paired and pooled (Efron & Tibshirani 1993, chapter 13).
 
+Plain percentiles are too narrow for few prompts: of ten, one comparison of equals in nine looks like
+a difference. The tails are therefore expanded (Hesterberg 2015, section 4.4), as t is over normal.
+
 Figures are ratios of sums, so a resample draws prompts and forms the ratio of *their* sums: long
 prompts weigh what they weigh. Two drafters are compared on the same resampled prompts, which takes
 the difficulty of the prompts out of the difference.
 """
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-TAILS = (2.5, 97.5)
+NORMAL = NormalDist()
+FEW = 8  # prompts below which no resampling makes an honest interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ def ratio(numerator: Array, denominator: Array, draws: NDArray[np.int64]) -> Int
     return _interval(
         _divide(numerator.sum(), denominator.sum()),
         _divide(numerator[draws].sum(1), denominator[draws].sum(1)),
+        draws.shape[1],
     )
 
 
@@ -61,7 +68,7 @@ def ratio_of_ratios(
         theirs = _divide(other_numerator[rows].sum(axis), other_denominator[rows].sum(axis))
         return _divide(ours, theirs)
 
-    return _interval(figure(slice(None)), figure(draws))
+    return _interval(figure(slice(None)), figure(draws), draws.shape[1])
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -69,8 +76,18 @@ def _divide(a: Array, b: Array) -> Array:
         return np.where(b == 0, np.nan, np.divide(a, b))
 
 
-def _interval(value: Array, samples: Array) -> Interval:
+def _interval(value: Array, samples: Array, num_prompts: int) -> Interval:
     if np.isnan(value) or np.isnan(samples).all():
         return Interval(float("nan"), float("nan"), float("nan"))
-    low, high = np.nanpercentile(samples, TAILS)
+    tail = _tail(num_prompts)
+    low, high = np.nanquantile(samples, (tail, 1 - tail))
     return Interval(float(value), float(low), float(high))
+
+
+def _tail(num_prompts: int) -> float:
+    """Share below the interval: Φ(-t √(n / (n - 1))), with t by Cornish and Fisher's expansion."""
+    if num_prompts < 2:
+        return 0.0
+    z, degrees = -NORMAL.inv_cdf(0.025), num_prompts - 1
+    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return NORMAL.cdf(-t * math.sqrt(num_prompts / degrees))

@@ -13,7 +13,7 @@ from distill.drafter_folder import find_drafter
 from distill.errors import UserError
 from distill.evaluate import Evaluate, is_near_tie, read_journal
 from distill.prompts import DatasetPrompts, Prompt
-from distill.report.html import token_texts
+from distill.report.html import marks, token_texts
 from distill.target import TargetSettings
 
 
@@ -146,3 +146,29 @@ def test_texts_of_tokens_add_up(folders: Path) -> None:
     target = TargetSettings(path=str(folders / "target")).load()
     tokens = [5, 6, 7]
     assert "".join(token_texts(target, tokens)) == target.tokenizer.decode(tokens)
+
+
+def test_every_token_of_a_real_output_has_one_colour(folders: Path, tmp_path: Path) -> None:
+    evaluation(folders, tmp_path).run()
+    for measurement in read_journal(tmp_path / "measurements.jsonl"):
+        if measurement.mode in ("good", "bad"):
+            (output,) = measurement.outputs
+            kinds = [mark.kind for mark in marks(output)]
+            assert len(kinds) == len(output.tokens) == 20
+            accepted = measurement.counts["num_accepted_tokens"]
+            assert kinds.count("a") == accepted
+            own = sum(emitted > taken for _, taken, emitted in output.steps)
+            assert kinds.count("r") + kinds.count("b") == own
+
+
+def test_too_few_prompts_and_other_weights_are_refused(folders: Path, tmp_path: Path) -> None:
+    long = SamplingParams(max_new_tokens=61, ignore_eos=True)  # 4 + 61 > 64
+    with pytest.raises(UserError, match="0 prompts fit the context"):
+        evaluation(folders, tmp_path / "long", sampling=long).run()
+    with pytest.raises(UserError, match="two such units"):
+        evaluation(folders, tmp_path / "one", batch_size=5).run()
+    drafter = save_model(tmp_path / "drafter", 0.02)
+    evaluation(folders, tmp_path / "run", drafters={"mine": str(drafter)}).run()
+    save_model(drafter, 0.03)
+    with pytest.raises(UserError, match=r"weights\.mine"):
+        evaluation(folders, tmp_path / "run", drafters={"mine": str(drafter)}).run()

@@ -1,14 +1,17 @@
 """Intervals with a known answer, figures by hand, and a page that tells who wrote what."""
 
+import html
+import json
 import re
 
 import numpy as np
+import pytest
 
-from distill.report.bootstrap import ratio, ratio_of_ratios, resamples
+from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
 from distill.report.figures import AUTOREGRESSIVE, Measurement, Output, figures
-from distill.report.html import Passage, marks, page, verdicts
+from distill.report.html import Passage, marks, page
 from distill.report.plots import all_plots
-from distill.report.tables import as_csv, markdown
+from distill.report.tables import as_csv, as_json, markdown, step_times, verdict, verdicts
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -128,3 +131,52 @@ def test_the_page_is_whole_escaped_and_fetches_nothing() -> None:
     assert not re.search(r"(src|href)=[\"'](?!data:)", text)
     assert text.count('class="a"') + text.count('class="a s"') == 4  # legend and three tokens
     assert "strong: τ is higher than weak's" in " ".join(verdicts(drafters))
+
+
+def test_a_page_shows_the_text_as_it_was_written() -> None:
+    drafters = both()
+    tokens = ["a <", " b &&\n", "\n", "\tc", "", '"d"', "é"]
+    text = page(
+        title="t",
+        lead="l",
+        drafters=drafters,
+        exactness="greedy-identical",
+        plots={},
+        passages={"weak": [Passage("m", "x = '<'\n", tokens, Output("p", list(range(7)), WEAK))]},
+        facts={},
+    )
+    (shown,) = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    assert html.unescape(re.sub(r"<[^>]*>", "", shown)) == "x = '<'\n" + "".join(tokens)
+    kinds = re.findall(r'<span class="([arb])(?: s)?" title="step (\d), token (\d)', shown)
+    assert ["".join(kind) for kind in kinds] == ["b11", "r21", "a31", "r32", "a41", "a42", "b43"]
+
+
+def test_step_times_have_intervals_and_add_up() -> None:
+    times = step_times(ALL, [AUTOREGRESSIVE, "weak"], num_resamples=50, seed=0)
+    assert times[AUTOREGRESSIVE]["step"].value == pytest.approx(7000 / 6)
+    assert times["weak"]["verify"].value == pytest.approx(both()[0].milliseconds["verify"])
+    assert "weak,milliseconds_per_step_step,1666.6" in as_csv(both(), times)
+
+
+def test_what_is_undefined_is_null_in_json_and_said_in_words() -> None:
+    alone = [m for m in ALL if m.mode != "weak"]
+    alone += [measurement(unit, "weak", [[0, 0, 1]], 1.0) for unit in range(4)]  # no step at all
+    ties = {"weak": (0, 0), "strong": (2, 1)}
+    drafters = figures(
+        alone, ["weak", "strong"], is_greedy=True, ties=ties, num_resamples=50, seed=0
+    )
+    times = step_times(alone, ["weak", "strong"], num_resamples=50, seed=0)
+    found = as_json(drafters, times)
+    json.dumps(found, allow_nan=False)
+    assert found["weak"]["alpha"] is None
+    assert found["strong"]["against_first"]["block_efficiency"] == "not distinguishable"
+    assert found["strong"]["speedup"] == found["strong"]["speedup_over_autoregressive"]
+    assert "undefined" in markdown(drafters, "greedy-identical")
+    assert "Wrong: 1 outputs of strong" in " ".join(verdicts(drafters))
+    all_plots(drafters, times)
+
+
+def test_higher_and_lower_are_said_only_of_clear_intervals() -> None:
+    assert verdict(Interval(1.2, 1.1, 1.3)) == "higher"
+    assert verdict(Interval(0.8, 0.7, 0.9)) == "lower"
+    assert verdict(Interval(1.2, 0.9, 1.4)) == "not distinguishable"
