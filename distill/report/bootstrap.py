@@ -1,7 +1,7 @@
 """Percentile bootstrap over prompts, paired and pooled (Efron & Tibshirani 1993, chapter 13).
 
-Plain percentiles are too narrow for few prompts: of ten, one comparison of equals in nine looks like
-a difference. The tails are therefore expanded (Hesterberg 2015, section 4.4), as t is over normal.
+Plain percentiles are too narrow for few prompts: of ten, one comparison of equals in nine looks
+like a difference. The tails are therefore expanded (Hesterberg 2015), as t is over normal.
 
 Figures are ratios of sums, so a resample draws prompts and forms the ratio of *their* sums: long
 prompts weigh what they weigh. Two drafters are compared on the same resampled prompts, which takes
