@@ -12,6 +12,8 @@ from decode.cache import SlotCache
 from decode.draft import Draft
 from decode.masks import MaskMaker
 
+# These bias attention by distance or count keys themselves, and ignore masks that are handed in.
+OWN_MASKS = {"bloom", "falcon", "mpt", "gpt_neo"}
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -55,6 +57,7 @@ class CachedModel:
         self.device = model.device
         self.vocab_size: int = config.vocab_size
         self.max_length: int = min(context, max_length or context)
+        refuse_switching_rotary(config, self.max_length)
         self.cache = SlotCache(
             num_layers=config.num_hidden_layers, num_slots=num_slots, max_length=self.max_length
         )
@@ -139,11 +142,30 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"({', '.join(sorted(kinds)) or 'recurrent layers'}); "
             "speculative decoding needs attention layers only"
         )
+    if config.model_type in OWN_MASKS:
+        raise ValueError(f"{name} makes its own attention masks and takes no 4-D masks")
     attention = config._attn_implementation
     if attention not in {"eager", "sdpa"}:
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention!r}, which takes no 4-D masks; "
             'load it with attn_implementation="sdpa" or "eager"'
+        )
+
+
+def refuse_switching_rotary(config: object, max_length: int) -> None:
+    """Raise ValueError where rotary positions change their scale within `max_length` tokens.
+
+    Keys that are cached already would have been turned by the other scale.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    if kind == "longrope" and original is not None and max_length > original:
+        raise ValueError(
+            f"rotary positions of type longrope change their scale behind {original} tokens, and "
+            f"cached keys with them; decode within that: max_length={original}"
         )
 
 

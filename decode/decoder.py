@@ -255,7 +255,9 @@ class SpeculativeDecoder:
                 StepTrace(drafted[row], depths[row], tried[row], accepted[row], len(new))
             )
             if expected is not None:
-                sequence.expected_accepted += float(expected[row])
+                is_cut = len(new) <= accepted[row]
+                last = int(acceptance.path[row, accepted[row]]) + 1 if is_cut else None
+                sequence.expected_accepted += float(expected[row, :last].sum())
             if sequence.sampling.top_logprobs:
                 nodes = acceptance.path[row, : len(new)]
                 sequence.logprobs.append(
@@ -311,6 +313,7 @@ class SpeculativeDecoder:
                 generator=generator_for(request.seed, request.id),
                 length=len(request.prompt),
             )
+            self._active.append(sequence)  # from here on the slot is given back, whatever happens
             self._buffer[slot, : sequence.length] = request.prompt
             entering.append(sequence)
         if not entering:
@@ -329,15 +332,16 @@ class SpeculativeDecoder:
         for sequence in entering:
             sequence.seconds["prefill"] += spent
         # Neighbouring slots are read without a copy, so the batch is kept in slot order.
-        self._active = sorted([*self._active, *entering], key=lambda sequence: sequence.slot)
+        self._active.sort(key=lambda sequence: sequence.slot)
         yield from self._retire()
         return True
 
     def _retire(self) -> Iterator[GenerationResult]:
         finished = [sequence for sequence in self._active if sequence.finish_reason]
         self._active = [sequence for sequence in self._active if not sequence.finish_reason]
-        for sequence in finished:
+        for sequence in finished:  # all of them first: the listener may stop at any result
             self._leave(sequence)
+        for sequence in finished:
             logprobs = (
                 TopLogprobs(
                     torch.cat([part.ids for part in sequence.logprobs]),

@@ -58,8 +58,8 @@ class Acceptance:
         next_token: [B] the target's own token: recovered after a rejection, bonus after a leaf.
         num_tried: [B] draft tokens that were tried, accepted or not; those behind a rejection
             were not.
-        expected_accepted: [B] the sum of Σ min(target, draft) over the tried tokens, or None where
-            the rule is deterministic.
+        expected_accepted: [B, N] Σ min(target, draft) at each tried node, 0 at the others, or None
+            where the rule is deterministic.
     """
 
     path: Tensor

@@ -103,7 +103,8 @@ class GenerationStats:
     def of(cls, steps: Sequence[StepTrace]) -> "GenerationStats":
         """The counts of one sequence's steps, the prompt's own forward first."""
         stats = cls(
-            num_steps=len(steps) - 1, num_prefill_tokens=sum(s.num_emitted for s in steps[:1])
+            num_steps=max(len(steps) - 1, 0),
+            num_prefill_tokens=sum(s.num_emitted for s in steps[:1]),
         )
         for step in steps[1:]:
             stats.num_emitted_tokens += step.num_emitted
@@ -112,7 +113,9 @@ class GenerationStats:
             stats.num_tried_tokens += step.num_tried
             stats.num_accepted_tokens += step.num_accepted
             _count_up_to(stats.num_drafts_per_pos, step.depth)
-            _count_up_to(stats.num_tried_per_pos, min(step.num_accepted + 1, step.depth))
+            is_cut = step.num_emitted <= step.num_accepted  # nothing was refused
+            levels = step.num_accepted if is_cut else min(step.num_accepted + 1, step.depth)
+            _count_up_to(stats.num_tried_per_pos, levels)
             _count_up_to(stats.num_accepted_tokens_per_pos, step.num_accepted)
         return stats
 

@@ -59,7 +59,8 @@ class Stopping:
         # A stop string of n characters spans at most n tokens that carry text; twice that leaves
         # room for tokens that carry none.
         tail = list(output[-2 * max(map(len, stop)) - 8 :])
-        before = len(self.tokenizer.decode(tail)) if tail else 0
+        # Half a character is no character yet: it counts with the token that completes it.
+        before = len(self.tokenizer.decode(tail).rstrip("\ufffd")) if tail else 0
         for at in range(len(new)):
             text = self.tokenizer.decode([*tail, *new[: at + 1]])
             # Only texts that end among the new tokens count: older ones would have stopped before.

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from decode.acceptance.greedy import Greedy
 from decode.draft import Draft
@@ -66,11 +67,11 @@ def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accept
     if draft.probs is None:
         refused = draft.tokens[rows, (num_accepted + 1).clamp(max=width - 1)]
         residual = target_row.scatter(1, refused[:, None], 0.0)
-        expected = torch.where(nodes[1:] <= num_tried[:, None], p, 0.0).sum(1)
+        overlap = p
     else:
         residual = (target_row - draft.probs[rows, num_accepted]).clamp_min(0)
         overlap = torch.minimum(target_probs[:, :-1], draft.probs[:, :-1]).sum(-1)
-        expected = torch.where(nodes[1:] <= num_tried[:, None], overlap, 0.0).sum(1)
+    expected = pad(torch.where(nodes[1:] <= num_tried[:, None], overlap, 0.0), (1, 0))
     # The residual is empty only where p = q up to rounding, and then p itself is right.
     use_residual = rejected & (residual.sum(-1) > 0)
     weights = torch.where(use_residual[:, None], residual, target_row)
@@ -98,7 +99,7 @@ def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accepta
     path[:, 0] = 0
     depth = torch.zeros_like(node)
     num_tried = torch.zeros_like(node)
-    expected = target_probs.new_zeros(batch)
+    expected = target_probs.new_zeros(batch, width)
     remaining = target_probs[:, 0]  # [B, V] what the target still wants behind `node`
     for n in range(1, width):
         tried = (draft.parents[:, n] == node) & (n < draft.num_nodes)
@@ -108,7 +109,7 @@ def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accepta
         else:
             law = draft.probs[rows, node]
         accepted = tried & (uniforms[:, n - 1] * law[rows, token] < remaining[rows, token])
-        expected += torch.where(tried, torch.minimum(law, remaining).sum(-1), 0.0)
+        expected[:, n] = torch.where(tried, torch.minimum(law, remaining).sum(-1), 0.0)
         num_tried += tried
         residual = (remaining - law).clamp_min(0)
         total = residual.sum(-1, keepdim=True)

@@ -47,7 +47,7 @@ class LMDrafter(Drafter):
         """Read the prompt but for its last token, which the first draft begins with."""
         self.cached.cache.release(slot)
         if 1 < len(prompt) <= self.cached.max_length:
-            tokens = prompt[None, :-1].to(self.device)
+            tokens = self._readable(prompt[None, :-1].to(self.device))
             self.cached.forward([slot], tokens, keep=[])
             self.cached.cache.commit([slot], [len(prompt) - 1])
 
@@ -124,8 +124,12 @@ class LMDrafter(Drafter):
 
     def _logits(self, slots: list[int], tokens: Tensor) -> Tensor:
         """[B, N, V] over the target's vocabulary."""
-        logits = self.cached.forward(slots, tokens).logits
+        logits = self.cached.forward(slots, self._readable(tokens)).logits
         if self.surplus == 0:
             return logits
         # Ids that only the drafter has are cut off, ids that only the target has are impossible.
         return torch.nn.functional.pad(logits, (0, self.surplus), value=-torch.inf)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """Ids that only the target has are read as the drafter's last one."""
+        return tokens.clamp(max=self.cached.vocab_size - 1) if self.surplus > 0 else tokens

@@ -42,7 +42,7 @@ def load_drafter(
     if card.is_file():
         try:
             family = json.loads(card.read_text())["family"]
-        except (json.JSONDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{card} is not a drafter's description: {error}") from error
     if family not in FAMILIES:
         raise ValueError(

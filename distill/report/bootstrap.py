@@ -1,7 +1,8 @@
 """Percentile bootstrap over prompts, paired and pooled (Efron & Tibshirani 1993, chapter 13).
 
 Plain percentiles are too narrow for few prompts: of ten, one comparison of equals in nine looks
-like a difference. The tails are therefore expanded (Hesterberg 2015), as t is over normal.
+like a difference. The tails are therefore expanded as Student's are beside the normal's (Hesterberg
+2015, "expanded percentile interval").
 
 Figures are ratios of sums, so a resample draws prompts and forms the ratio of *their* sums: long
 prompts weigh what they weigh. Two drafters are compared on the same resampled prompts, which takes
@@ -79,12 +80,12 @@ def _divide(a: Array, b: Array) -> Array:
 def _interval(value: Array, samples: Array, num_prompts: int) -> Interval:
     if np.isnan(value) or np.isnan(samples).all():
         return Interval(float("nan"), float("nan"), float("nan"))
-    tail = _tail(num_prompts)
-    low, high = np.nanquantile(samples, (tail, 1 - tail))
+    outside = tail(num_prompts)
+    low, high = np.nanquantile(samples, (outside, 1 - outside))
     return Interval(float(value), float(low), float(high))
 
 
-def _tail(num_prompts: int) -> float:
+def tail(num_prompts: int) -> float:
     """Share below the interval: Φ(-t √(n / (n - 1))), with t by Cornish and Fisher's expansion."""
     if num_prompts < 2:
         return 0.0

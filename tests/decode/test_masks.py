@@ -82,14 +82,16 @@ def test_trees_of_a_ragged_batch():
 
 
 def test_a_window_over_a_tree_counts_depth_and_not_columns():
-    # Siblings stand at the same position: c sees as far back as b, though its column is one later.
-    ancestors = Draft.from_lists([0], [[1, 2, 3]], [[0, 0, 1]]).ancestors()
-    assert drawn(maker(window=3).tree([2], ancestors, 6)) == [
+    # a - b          c stands where b stands, though its column is one later: e, two below it,
+    #   \ c - d - e  does not see it.                                    (two committed)  a b c d e
+    ancestors = Draft.from_lists([0], [[1, 2, 3, 4]], [[0, 0, 2, 3]]).ancestors()
+    assert drawn(maker(window=2).tree([2], ancestors, 7)) == [
         [
-            "111000",
-            "011100",
-            "011010",
-            "001101",
+            "0110000",
+            "0011000",
+            "0010100",
+            "0000110",
+            "0000011",
         ]
     ]
 

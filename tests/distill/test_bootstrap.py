@@ -3,8 +3,9 @@
 import math
 
 import numpy as np
+from scipy import stats
 
-from distill.report.bootstrap import Array, Interval, ratio, ratio_of_ratios, resamples
+from distill.report.bootstrap import Array, Interval, ratio, ratio_of_ratios, resamples, tail
 
 
 def prompts(rng: np.random.Generator, count: int, rate: float) -> tuple[Array, Array]:
@@ -55,3 +56,24 @@ def test_what_has_no_denominator_is_undefined_and_proves_nothing() -> None:
     assert not nothing.clear_of(1.0)
     assert Interval(1.2, 1.1, 1.3).clear_of(1.0)
     assert not Interval(1.2, 1.0, 1.3).clear_of(1.0)
+
+
+def test_a_few_prompts_do_not_make_equals_differ() -> None:
+    rng = np.random.default_rng(4)
+    draws = resamples(10, 1000, seed=5)
+    trials = 1000
+    told_apart, by_plain_percentiles = 0, 0
+    for _ in range(trials):
+        steps = rng.integers(40, 110, size=10).astype(float)
+        old = steps * rng.normal(1.8, 0.35, size=10)
+        new = old * (1 + rng.normal(0, 0.08, size=10))
+        told_apart += ratio_of_ratios(new, steps, old, steps, draws).clear_of(1.0)
+        low, high = np.percentile(new[draws].sum(1) / old[draws].sum(1), [2.5, 97.5])
+        by_plain_percentiles += low > 1 or high < 1
+    assert told_apart / trials < 0.08 < by_plain_percentiles / trials
+
+
+def test_the_tails_are_those_of_student() -> None:
+    for count in (8, 30, 1000):
+        exact = stats.norm.cdf(-stats.t.ppf(0.975, count - 1) * math.sqrt(count / (count - 1)))
+        assert math.isclose(tail(count), exact, rel_tol=0.04)
