@@ -7,6 +7,7 @@ machine and any Python version.
 
 import ast
 import hashlib
+import io
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def split_source(source: str) -> list[str]:
     Raises:
         SyntaxError: the text is not Python of the running version.
     """
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()  # as ast counts: a form feed ends no line
     cuts = []
     for node in ast.parse(source).body:
         first, last = node.lineno, node.end_lineno or node.lineno

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from distill.batches import Batch, BatchStream, Example, SeqKD, collate, pack
+from distill.batches import Batch, BatchStream, Example, SeqKD, Text, collate, pack
 from distill.errors import UserError
+from distill.prompts import Prompt
 from distill.store import Row, RowStore
 
 A, B = Example([11], [12, 13]), Example([14, 15], [16])
@@ -112,3 +119,81 @@ def test_rows_become_examples(tmp_path: Path) -> None:
     assert SeqKD(rows=tmp_path).examples(tokenizer) == [Example([1, 2], [3])]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="there are no rows"):
         SeqKD(rows=tmp_path / "none").examples(tokenizer)  # type: ignore[arg-type]
+
+
+def test_the_mask_of_the_pack_by_hand() -> None:
+    mask = collate([[A, B]], 7).attention_mask()
+    assert mask.shape == (1, 1, 7, 7)
+    assert ["".join(map(str, line)) for line in mask[0, 0].int().tolist()] == [
+        "1000000",
+        "1100000",
+        "1110000",
+        "0001000",
+        "0001100",
+        "0001110",
+        "0000001",
+    ]
+
+
+def test_every_query_of_an_empty_pack_sees_something() -> None:
+    batch = collate([[A], []], 4)
+    assert not batch.loss_mask[1].any()
+    assert batch.attention_mask().any(-1).all()  # or the softmax would be undefined
+
+
+def test_packs_lose_nothing_and_never_overflow() -> None:
+    sizes = [(7 * i) % 11 + 1 for i in range(300)]
+    rows = [Example([i], [i] * size) for i, size in enumerate(sizes)]
+    packs = pack(rows, 12)
+    assert sorted(e.ids for group in packs for e in group) == sorted(e.ids for e in rows)
+    filled = [sum(len(example.ids) for example in group) for group in packs]
+    assert max(filled) <= 12
+    assert sum(filled) > 0.9 * 12 * len(packs)
+
+
+def test_a_prompt_longer_than_a_pack_leaves_nothing_to_learn() -> None:
+    ((cut,),) = pack([Example([1] * 9, [2] * 3)], 6)
+    assert (cut.prompt_ids, cut.output_ids) == ([1] * 6, [])
+    assert not any(cut.loss_mask)
+    ((kept,),) = pack([Example([1] * 9, [2] * 3, learn_prompt=True)], 6)
+    assert kept.loss_mask == [False] + [True] * 5
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_epochs_that_end_unevenly_still_have_each_example_once(world: int) -> None:
+    stream = BatchStream(examples(10), sequence_length=3, batch_size=4, seed=1)
+    for epoch in range(3):
+        steps = range(3 * epoch, 3 * epoch + 3)  # 4, 4 and 2 packs
+        batches = [
+            batch
+            for step in steps
+            for rank in range(world)
+            for batch in stream.for_process(step, rank, world, 1)
+        ]
+        assert learnt(batches) == Counter(dict.fromkeys(range(1, 11), 2))
+
+
+class Written:
+    """Prompts as given."""
+
+    def __init__(self, *prompts: Prompt):
+        self.prompts = list(prompts)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        return self.prompts
+
+
+def test_references_become_examples() -> None:
+    inner = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    short = Prompt("1", [2], "b", "a b", "s")
+    long = Prompt("2", [1], "a", "a b a b", "s")
+    none = Prompt("3", [1, 1], "a a", None, "s")
+    data = Text(prompts=Written(short, none, long), max_new_tokens=3, learn_prompt=True)
+    assert data.examples(tokenizer) == [
+        Example([2], [1, 2, 0], learn_prompt=True),
+        Example([1], [1, 2, 1], learn_prompt=True),  # cut, so no end
+    ]
+    with pytest.raises(UserError, match="none of the prompts has a reference"):
+        Text(prompts=Written(none)).examples(tokenizer)

@@ -65,3 +65,24 @@ def test_the_command_counts_rows_and_refuses_bad_ones(
         Inspect(rows=tmp_path).run()
     with pytest.raises(UserError, match="there are no rows"):
         Inspect(rows=tmp_path / "none").run()
+
+
+def test_all_rows_are_checked_though_few_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TargetSettings, "load_tokenizer", lambda self: TOKENIZER)
+    rows = [replace(GOOD, key=f"k{i}") for i in range(4)]
+    rows += [replace(GOOD, key=f"bad{i}", output_ids=[7, 8]) for i in range(2)]
+    RowStore(tmp_path).append(rows)
+    with pytest.raises(UserError, match="2 problems, the first: row bad0 was ended by EOS"):
+        Inspect(rows=tmp_path, limit=1, color=Color.never).run()
+    printed = capsys.readouterr().out
+    assert printed.count("── row") == 1
+    assert "6 rows in 1 shards, 12 output tokens (2.0 a row); finished by: 6 eos" in printed
+
+
+def test_a_tokenizer_whose_bos_is_its_eos_is_no_fault() -> None:
+    one: Any = SimpleNamespace(bos_token_id=1, eos_token_id=1, all_special_ids=[1])
+    assert not list(problems(replace(GOOD, prompt_ids=[1, 1, 5]), GOOD.loss_mask, one))
+    bare: Any = SimpleNamespace(bos_token_id=None, eos_token_id=None, all_special_ids=[])
+    assert not list(problems(GOOD, GOOD.loss_mask, bare))

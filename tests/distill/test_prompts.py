@@ -152,3 +152,68 @@ def test_a_prompt_and_its_reference_are_the_piece(tmp_path: Path) -> None:
 def test_an_unknown_split_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="no split 'train'"):
         StandardLibraryPrompts(split="train").load(tokenizer)
+
+
+def test_only_whole_lines_become_a_prompt_and_the_rest_its_reference(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    prompts = StandardLibraryPrompts(split="evaluate", limit=6, prompt_tokens=24).load(tokenizer)
+    texts = {f"{piece.module}:{piece.index}": piece.text for piece in pieces("evaluate")}
+    assert len({prompt.id for prompt in prompts}) == 6
+    for prompt in prompts:
+        assert prompt.reference is not None
+        assert prompt.text + prompt.reference == texts[prompt.source]
+        assert prompt.reference.startswith("\n")
+        assert len(prompt.ids) <= 24
+    smaller = StandardLibraryPrompts(split="evaluate", limit=3, prompt_tokens=24).load(tokenizer)
+    assert smaller == prompts[:3]
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"a.jsonl": '{"prompt": "one"}', "b.txt": "two"}, "files of several kinds"),
+        ({"notes.md": "one"}, "no data files"),
+        ({"a.jsonl": '{"prompt": "one"}\n', "b.jsonl": "\n \n"}, r"is empty \(.*b\.jsonl"),
+        ({"a.jsonl": '{"prompt": "one"}\n[1]\n'}, "line 2 is list, not an object"),
+        ({"a.csv": "prompts\none\n"}, "did you mean 'prompts'"),
+    ],
+)
+def test_a_folder_is_one_kind_of_data(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, files: dict[str, str], sentence: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path, tokenizer)
+
+
+def test_a_folder_of_one_kind_is_read_whole(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write(tmp_path / "a.jsonl", [{"prompt": "one"}])
+    write(tmp_path / "b.jsonl", [{"prompt": "two"}, {"prompt": "one"}])
+    assert load(tmp_path, tokenizer) == [[0, 4], [0, 5]]
+
+
+def test_chats_without_a_template_and_empty_chats_are_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"chat": [{"role": "user", "content": "one"}]}])
+    with pytest.raises(UserError, match="has no chat template"):
+        load(path, tokenizer, messages_column="chat")
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"chat": [{"role": "user", "content": "one"}]}, {"chat": []}]
+    with pytest.raises(UserError, match="row 2 has no text in 'chat'"):
+        load(write(path, rows), tokenizer, messages_column="chat")  # type: ignore[arg-type]
+
+
+def test_a_hub_that_cannot_be_reached_is_said(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"no route to the hub \(some/data\); .* local file"):
+        DatasetPrompts(path="some/data").load(tokenizer)

@@ -177,3 +177,10 @@ def test_an_empty_module_has_no_piece_and_a_broken_one_is_an_error() -> None:
     assert split_source("\n\n") == []
     with pytest.raises(SyntaxError):
         split_source("def f(:\n")
+
+
+@pytest.mark.parametrize("mark", ["\x0c", "\x0b", "\x1c", "\u2028"])
+def test_only_newlines_end_lines(mark: str) -> None:
+    source = f"# {mark} {mark} {mark}\n" + module(12)
+    for text in split_source(source):
+        ast.parse(text)

@@ -131,3 +131,75 @@ def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
         process.communicate()
         store = RowStore(tmp_path)
         assert store.verify() == len(store.shards()) > 0
+
+
+def test_shards_are_whole_with_and_without_log_probabilities(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row(1)])
+    store.append([Row("k", "p", "s", [0], [6, 7], "eos", [[6], [7]], [[-0.5], [-1.5]], [0.25, 0])])
+    columns = store.dataset().to_dict()
+    assert set(columns) >= {"prompt_ids", "output_ids", "loss_mask", "top_ids"}
+    masks = dict(zip(columns["key"], columns["loss_mask"], strict=True))
+    assert masks == {"key001": [0, 0, 1, 1], "k": [0, 1, 1]}
+    assert {found.key: found.top_ids for found in store.rows()} == {
+        "key001": None,
+        "k": [[6], [7]],
+    }
+
+
+def test_a_row_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([Row("odd", "p", "s", [0], [6, 7], "eos", [[6]], [[-0.5]], [0.25])])
+    with pytest.raises(UserError, match=r"row odd has 2 output tokens but .* for 1"):
+        store.verify()
+
+
+def test_the_same_rows_are_the_same_shard(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    assert store.append([row(1), row(2)]) == store.append([row(2), row(1)])
+    assert len(store.shards()) == 1
+
+
+def test_a_full_disk_under_the_writer_and_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RowStore(tmp_path)
+
+    def write(numbers: range) -> None:
+        with RowWriter(store, rows_per_shard=2, seconds=3600) as writer:
+            for number in numbers:
+                writer.add(row(number))
+
+    def full(handle: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    write(range(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="disk is full"):
+            write(range(2, 5))
+    assert store.keys() == {"key000", "key001"}
+    write(range(2, 5))
+    assert len(store) == 5
+    assert store.verify() == 5
+    assert not [path for path in tmp_path.iterdir() if path not in store.shards()]
+
+
+def test_other_errors_of_the_disk_are_not_called_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        RowStore(tmp_path).append([row(1)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_behind_is_no_shard(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    shard = store.append([row(1)])
+    (tmp_path / f".{shard.name}.123.partial").write_bytes(shard.read_bytes()[:100])
+    assert store.shards() == [shard]
+    assert store.verify() == 1
