@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from decode.cache import SlotCache
+from decode.cache import SlotCache, Window
 from decode.draft import Draft
 from decode.masks import MaskMaker
 
@@ -17,8 +17,7 @@ OWN_MASKS = {"bloom", "falcon", "mpt", "gpt_neo"}
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOutput:
+class ModelOutput(NamedTuple):
     """What one forward gave.
 
     Attributes:
@@ -73,6 +72,8 @@ class CachedModel:
         self._last_position = self.max_length - 1
         positions = torch.arange(self.max_length + 1, device=self.device)
         self._positions = positions.clamp(max=self._last_position)[None]
+        # A drafter feeds single tokens several times a step: their views are made once.
+        self._single_token: dict[int, tuple[Tensor | dict[str, Tensor], Tensor]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -96,20 +97,16 @@ class CachedModel:
         width = tokens.shape[1]
         is_tree = tree is not None and not tree.is_chain
         window = self.cache.open(slots, width, self.device, is_tree=is_tree)
-        starts, num_keys = window.starts, window.num_keys
         if tree is not None and is_tree:
-            ancestors = tree.ancestors()
-            depths = ancestors.sum(-1) - 1
-            positions = torch.tensor(starts, device=self.device)[:, None] + depths
-            positions = positions.clamp(max=self._last_position)
-            masks = [maker.tree(starts, ancestors, num_keys) for maker in self._makers]
+            mask, positions = self._tree_inputs(window, tree)
+        elif width == 1 and window.slot is not None:
+            start = window.starts[0]
+            known = self._single_token.get(start)
+            if known is None:
+                known = self._single_token[start] = self._chain_inputs(window, width)
+            mask, positions = known
         else:
-            masks = [maker.chain(starts, width, num_keys) for maker in self._makers]
-            if window.positions is None:
-                positions = self._positions.narrow(1, starts[0], width)
-            else:
-                positions = window.positions.clamp(max=self._last_position)
-        mask = masks[0] if len(masks) == 1 else dict(zip(self._kinds, masks, strict=True))
+            mask, positions = self._chain_inputs(window, width)
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
@@ -125,6 +122,29 @@ class CachedModel:
         if keep is not None and not self._keeps_logits:
             logits = logits[:, list(keep)]
         return ModelOutput(logits, {layer: output.hidden_states[layer] for layer in layers})
+
+    def _tree_inputs(self, window: Window, tree: Draft) -> tuple[Tensor | dict[str, Tensor], Tensor]:
+        """Attention mask and positions [B, N] of draft trees."""
+        ancestors = tree.ancestors()
+        depths = ancestors.sum(-1) - 1
+        positions = torch.tensor(window.starts, device=self.device)[:, None] + depths
+        masks = [maker.tree(window.starts, ancestors, window.num_keys) for maker in self._makers]
+        return self._by_kind(masks), positions.clamp(max=self._last_position)
+
+    def _chain_inputs(
+        self, window: Window, width: int
+    ) -> tuple[Tensor | dict[str, Tensor], Tensor]:
+        """Attention mask and positions [B, N] of chains."""
+        masks = [maker.chain(window.starts, width, window.num_keys) for maker in self._makers]
+        if window.positions is None:
+            positions = self._positions.narrow(1, window.starts[0], width)
+        else:
+            positions = window.positions.clamp(max=self._last_position)
+        return self._by_kind(masks), positions
+
+    def _by_kind(self, masks: list[Tensor]) -> Tensor | dict[str, Tensor]:
+        """One mask as it is; several, by the kind of layer, as transformers expects them."""
+        return masks[0] if len(masks) == 1 else dict(zip(self._kinds, masks, strict=True))
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:

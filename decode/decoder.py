@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -140,7 +141,9 @@ class SpeculativeDecoder:
             while True:
                 has_entered = yield from self._admit(waiting)
                 if self._active:
-                    self._step()
+                    with torch.inference_mode():  # around many steps: to enter it takes its time
+                        while not any(sequence.finish_reason for sequence in self._active):
+                            self._step()
                 elif not has_entered:
                     return
                 yield from self._retire()
@@ -149,7 +152,6 @@ class SpeculativeDecoder:
                 self._leave(sequence)
             self._active = []
 
-    @torch.inference_mode()
     def _step(self) -> None:
         active = self._active
         started = self._now()
@@ -184,13 +186,16 @@ class SpeculativeDecoder:
     def _context(self, sequences: list[_Sequence]) -> Context:
         slots = [sequence.slot for sequence in sequences]
         lengths = [sequence.length for sequence in sequences]
+        rooms = [sequence.room - 1 for sequence in sequences]
         neighbours = slots[-1] - slots[0] == len(slots) - 1
         rows = slice(slots[0], slots[-1] + 1) if neighbours else slots
+        # By way of numpy: small tensors are made from lists at several times the cost.
+        columns = np.array([slots, lengths, rooms])
         return Context(
-            slots=torch.tensor(slots),
+            slots=torch.from_numpy(columns[0]),
             tokens=self._tokens[rows, : max(lengths)],
-            lengths=torch.tensor(lengths),
-            room=torch.tensor([sequence.room - 1 for sequence in sequences]),
+            lengths=torch.from_numpy(columns[1]),
+            room=torch.from_numpy(columns[2]),
             hidden={
                 layer: pad_sequence([s.hidden[layer] for s in sequences], batch_first=True)
                 for layer in self.drafter.hidden_layers
@@ -284,7 +289,6 @@ class SpeculativeDecoder:
                     layer: states[row, nodes] for layer, states in output.hidden.items()
                 }
 
-    @torch.inference_mode()
     def _admit(self, waiting: Iterator[Request]) -> Generator[GenerationResult, None, bool]:
         """Fill the free slots; requests that do not fit the context are answered at once.
 
@@ -318,23 +322,28 @@ class SpeculativeDecoder:
             entering.append(sequence)
         if not entering:
             return False
-        started = self._now()
-        prompts = [self._tokens[s.slot, : s.length].clone() for s in entering]
-        slots = [sequence.slot for sequence in entering]
-        output, before = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
-        for sequence, prompt, hidden in zip(entering, prompts, before, strict=True):
-            self.drafter.begin(sequence.slot, prompt, hidden)
-            sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
-        context = self._context(entering)
-        draft = Draft.chain(context.roots).to(self.target.device)
-        self._conclude(entering, context, draft, output)
-        spent = (self._now() - started) / len(entering)
-        for sequence in entering:
-            sequence.seconds["prefill"] += spent
+        with torch.inference_mode():
+            self._prefill(entering)
         # Neighbouring slots are read without a copy, so the batch is kept in slot order.
         self._active.sort(key=lambda sequence: sequence.slot)
         yield from self._retire()
         return True
+
+    def _prefill(self, sequences: list[_Sequence]) -> None:
+        """Read the prompts; each one's forward gives its first token."""
+        started = self._now()
+        prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
+        slots = [sequence.slot for sequence in sequences]
+        output, before = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
+        for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
+            self.drafter.begin(sequence.slot, prompt, hidden)
+            sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
+        context = self._context(sequences)
+        draft = Draft.chain(context.roots).to(self.target.device)
+        self._conclude(sequences, context, draft, output)
+        spent = (self._now() - started) / len(sequences)
+        for sequence in sequences:
+            sequence.seconds["prefill"] += spent
 
     def _retire(self) -> Iterator[GenerationResult]:
         finished = [sequence for sequence in self._active if sequence.finish_reason]

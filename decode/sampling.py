@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,12 +106,12 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """[..., V] -> [...], the first of the likeliest tokens.
+    """[..., N, V] -> [..., N], the first of the likeliest tokens.
 
     On the CPU numpy's is ten times as fast as torch's.
     """
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        return torch.from_numpy(np.asarray(logits.numpy().argmax(-1)))
+        return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)
 
 
