@@ -123,7 +123,9 @@ class CachedModel:
             logits = logits[:, list(keep)]
         return ModelOutput(logits, {layer: output.hidden_states[layer] for layer in layers})
 
-    def _tree_inputs(self, window: Window, tree: Draft) -> tuple[Tensor | dict[str, Tensor], Tensor]:
+    def _tree_inputs(
+        self, window: Window, tree: Draft
+    ) -> tuple[Tensor | dict[str, Tensor], Tensor]:
         """Attention mask and positions [B, N] of draft trees."""
         ancestors = tree.ancestors()
         depths = ancestors.sum(-1) - 1

@@ -41,7 +41,6 @@ class GenerationStats:
         num_tried_tokens: drafted tokens that were tried; those behind a rejection were not.
         num_accepted_tokens: accepted draft tokens.
         num_emitted_tokens: output tokens that the steps gave.
-        num_drafts_per_pos: drafts that reach position i.
         num_tried_per_pos: drafts whose position i was tried.
         num_accepted_tokens_per_pos: drafts whose position i was accepted.
         expected_accepted: Σ min(target, draft) summed over tried tokens (sampling only).
@@ -56,7 +55,6 @@ class GenerationStats:
     num_tried_tokens: int = 0
     num_accepted_tokens: int = 0
     num_emitted_tokens: int = 0
-    num_drafts_per_pos: list[int] = field(default_factory=list)
     num_tried_per_pos: list[int] = field(default_factory=list)
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     expected_accepted: float = 0.0
@@ -112,7 +110,6 @@ class GenerationStats:
             stats.num_draft_tokens += step.num_drafted
             stats.num_tried_tokens += step.num_tried
             stats.num_accepted_tokens += step.num_accepted
-            _count_up_to(stats.num_drafts_per_pos, step.depth)
             is_cut = step.num_emitted <= step.num_accepted  # nothing was refused
             levels = step.num_accepted if is_cut else min(step.num_accepted + 1, step.depth)
             _count_up_to(stats.num_tried_per_pos, levels)
@@ -129,7 +126,6 @@ class GenerationStats:
             num_tried_tokens=self.num_tried_tokens + other.num_tried_tokens,
             num_accepted_tokens=self.num_accepted_tokens + other.num_accepted_tokens,
             num_emitted_tokens=self.num_emitted_tokens + other.num_emitted_tokens,
-            num_drafts_per_pos=_added(self.num_drafts_per_pos, other.num_drafts_per_pos),
             num_tried_per_pos=_added(self.num_tried_per_pos, other.num_tried_per_pos),
             num_accepted_tokens_per_pos=_added(
                 self.num_accepted_tokens_per_pos, other.num_accepted_tokens_per_pos

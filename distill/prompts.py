@@ -82,6 +82,7 @@ class StandardLibraryPrompts:
                 f"the standard library has no split {self.split!r}",
                 hint=f"there are: {', '.join(SPLITS)}",
             )
+        _check_limit(self.limit)
         found = list(pieces(self.split))
         if not found:
             raise UserError(
@@ -160,6 +161,7 @@ class DatasetPrompts:
             UserError: nothing is there, a column or a line is wrong, or the chats need a template
                 that the tokenizer does not have.
         """
+        _check_limit(self.limit)
         rows = self._rows()
         order = list(range(len(rows)))
         if self.limit is not None:
@@ -201,7 +203,9 @@ class DatasetPrompts:
                 else:
                     rows = datasets.load_dataset(self.path, self.name, split=self.split)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0]
+            for file in files:
+                _check_text(file)
+            reason = str(_first_cause(error)).strip().splitlines()[0]
             raise UserError(
                 f"cannot load the prompts: {reason}",
                 self.path,
@@ -250,6 +254,13 @@ class DatasetPrompts:
             ids = tokenizer(text, verbose=False)["input_ids"]
         reference = row[self.reference_column] if self.reference_column else None
         return Prompt(prompt_id(ids), list(ids), text, reference, source)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(
+            f"prompts.limit={limit} leaves no prompt", hint="set at least 1, or null for all"
+        )
 
 
 def prompt_id(ids: Iterable[int]) -> str:
@@ -314,6 +325,36 @@ def _check_lines(file: Path) -> None:
                     file,
                     'write {"prompt": "..."} on every line',
                 )
+
+
+def _check_text(file: Path) -> None:
+    """Raise a UserError that names the place, where a text file is not UTF-8 or not JSON."""
+    if file.suffix == ".parquet":
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"line {line} is not UTF-8 text", file, "save the file in UTF-8, or remove the line"
+        ) from error
+    if file.suffix == ".json":
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":  # values one after the other: an object on every line
+                _check_lines(file)
+                return
+            raise UserError(
+                f"line {error.lineno} is not JSON: {error}", file, "correct the file"
+            ) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What the library met at first, below its own wrapping."""
+    while error.__cause__ is not None and str(error.__cause__).strip():
+        error = error.__cause__
+    return error
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

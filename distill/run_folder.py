@@ -82,7 +82,9 @@ def describe(value: Any) -> Any:
         return value.value
     if isinstance(value, Mapping):
         return {str(key): describe(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted(describe(entry) for entry in value)
+    if isinstance(value, list | tuple):
         return [describe(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
 

@@ -2,7 +2,7 @@
 
 Every module belongs to exactly one of three splits, by a hash of its dotted name, so that the
 embedded target, the distillation prompts and the evaluation prompts never share a module, on any
-machine and any Python version.
+machine and any Python version. Nor do they share a text that several modules have.
 """
 
 import ast
@@ -10,7 +10,8 @@ import hashlib
 import io
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,22 +56,48 @@ def modules(root: Path | None = None) -> Iterator[tuple[str, Path]]:
 
 
 def pieces(split: str, root: Path | None = None) -> Iterator[Piece]:
-    """Documents of a split, in module order; a text that occurs twice is given once."""
-    seen = set()
-    for name, path in modules(root):
-        if split_of(name) != split:
-            continue
+    """Documents of a split, in module order.
+
+    A text that occurs twice is given once, and one that also stands in a module of an earlier split
+    (target, then distill, then evaluate) not at all: some modules are copied from others.
+    """
+    found: dict[str, Piece] = {}
+    for name, source in _sources([split], root):
         try:
-            with tokenize.open(path) as file:
-                source = file.read()
             texts = split_source(source)
-        except (SyntaxError, ValueError, OSError):
+        except (SyntaxError, ValueError):
             continue  # test data that is broken on purpose
         for index, text in enumerate(texts):
-            key = hashlib.sha256(text.encode(errors="replace")).digest()
-            if key not in seen:
-                seen.add(key)
-                yield Piece(name, index, text)
+            found.setdefault(text, Piece(name, index, text))
+    earlier = list(SPLITS)[: list(SPLITS).index(split)]
+    known = _texts_within(found, (source for _, source in _sources(earlier, root)))
+    yield from (piece for text, piece in found.items() if text not in known)
+
+
+def _sources(splits: Sequence[str], root: Path | None) -> Iterator[tuple[str, str]]:
+    """Name and text of every readable module of some splits, in module order."""
+    for name, path in modules(root):
+        if split_of(name) in splits:
+            try:
+                with tokenize.open(path) as file:
+                    yield name, file.read()
+            except (SyntaxError, ValueError, OSError):
+                continue  # test data that is broken on purpose
+
+
+def _texts_within(texts: Iterable[str], sources: Iterable[str]) -> set[str]:
+    """Those of `texts` that occur somewhere in one of `sources`."""
+    # A source is searched for the few texts only whose longest line it has.
+    by_line = defaultdict(list)
+    for text in texts:
+        by_line[max(text.splitlines(), key=len)].append(text)
+    return {
+        text
+        for source in sources
+        for line in by_line.keys() & set(source.splitlines())
+        for text in by_line[line]
+        if text in f"{source}\n"
+    }
 
 
 def split_source(source: str) -> list[str]:

@@ -4,6 +4,7 @@ A row's key is a hash of all that decides it, so a run is resumed by key and nev
 does not matter, two writers never collide, and a row that two of them made is read once.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -36,6 +37,7 @@ SCHEMA = pa.schema(
     ]
 )
 PATTERN = "rows-*.parquet"
+ABANDONED_SECONDS = 3600  # a shard is written in seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +163,19 @@ class RowStore:
             partial.unlink(missing_ok=True)
         return shard
 
+    def remove_abandoned(self) -> None:
+        """Remove what writers that were killed more than an hour ago left half-written."""
+        for partial in self.folder.glob(".rows-*.partial"):
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # its writer finished it, or another did this
+                if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                    partial.unlink()
+
     def dataset(self) -> Dataset:
-        """The rows as a `datasets` dataset."""
+        """The rows as a `datasets` dataset; an empty one where there are none."""
+        if not self.shards():
+            return Dataset(SCHEMA.empty_table())
         table = pa.concat_tables([_read(shard) for shard in self.shards()])
         keys = table.column("key").to_pylist()
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
@@ -185,13 +198,14 @@ class RowStore:
         count = 0
         for row in self.rows():
             count += 1
-            if row.top_ids is not None and len(row.top_ids) != len(row.output_ids):
-                raise UserError(
-                    f"row {row.key} has {len(row.output_ids)} output tokens but log-probabilities "
-                    f"for {len(row.top_ids)}",
-                    self.folder,
-                    "generate it again",
-                )
+            for kept in (row.top_ids, row.top_logprobs, row.tail_mass):
+                if kept is not None and len(kept) != len(row.output_ids):
+                    raise UserError(
+                        f"row {row.key} has {len(row.output_ids)} output tokens but "
+                        f"log-probabilities for {len(kept)}",
+                        self.folder,
+                        "generate it again",
+                    )
         return count
 
 
@@ -226,6 +240,7 @@ class RowWriter:
 
     def __enter__(self) -> Self:
         """Begin."""
+        self.store.remove_abandoned()
         return self
 
     def __exit__(

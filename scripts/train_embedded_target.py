@@ -51,7 +51,7 @@ model hub. It writes text that looks like Python; it is not a programming assist
 | --- | --- |
 | architecture | Llama, {layers} layers x {hidden}, {vocab:,} tokens of byte-level BPE, context 1,024, tied |
 | data | standard library of CPython {python}: {train_documents:,} documents, {train_tokens:,} tokens |
-| split | by a hash of the module's name: 76 % of modules here, 16 % for distillation prompts, 8 % held out |
+| split | by a hash of the module's name: 76 % of modules here, 16 % for distillation prompts, 8 % held out; no text is in two of them |
 | licence of the data | PSF License Agreement (Python Software Foundation); some modules carry their own compatible notice |
 | tokens seen | {tokens_seen:,} in {steps:,} steps, {minutes:.0f} minutes on {cores} cores |
 | bits per byte, held-out modules | {held_out:.3f} ({held_out_documents} documents, cut to the context) |
@@ -246,7 +246,7 @@ def samples(
         )
         written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         shown.append(
-            f"````python\n{prompt}   # <- the prompt ends here\n{written.lstrip(chr(10))}\n````"
+            f"````python\n{prompt}   # <- the prompt ends here\n{written.removeprefix(chr(10))}\n````"
         )
     return shown
 
@@ -289,12 +289,22 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--describe", action="store_true", help="measure the model in --out again; no training"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     texts = [piece.text for piece in pieces("target")]
+    if args.describe:
+        random.Random(0).shuffle(texts)
+        model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+        facts = json.loads((args.out / "training.json").read_text())
+        describe_model(args, model.eval(), tokenizer, texts, facts)
+        return
     partial = args.out.with_name(f"{args.out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     if (partial / "tokenizer.json").exists():

@@ -71,7 +71,7 @@ class DrafterFigures:
         tokens_per_second: prompts' forwards included.
         speedup_over_autoregressive: over our own loop.
         speedup_over_transformers: over `generate`; None where that was not timed.
-        accepted_at: share of drafts that reach position i in which it was accepted.
+        accepted_at: share of all drafts in which position i was accepted, as vLLM reports it.
         accepted_at_conditional: share of tries of position i that were accepted.
         milliseconds: per step, by phase.
         relative_alpha: α over the first drafter's, paired; None for the first.
@@ -140,9 +140,9 @@ class Sums:
         )
 
     def depth(self) -> int:
-        """Deepest position that any draft reached."""
+        """How many positions were ever tried."""
         return max(
-            (len(m.counts["num_drafts_per_pos"]) for unit in self.by_unit for m in unit), default=0
+            (len(m.counts["num_tried_per_pos"]) for unit in self.by_unit for m in unit), default=0
         )
 
     def phase(self, name: str) -> float:
@@ -216,7 +216,7 @@ def figures(
                 accepted_at=[
                     ratio(
                         ours.at("num_accepted_tokens_per_pos", i),
-                        ours.at("num_drafts_per_pos", i),
+                        ours.count("num_drafts"),
                         draws,
                     )
                     for i in positions

@@ -39,7 +39,6 @@ def test_a_run_by_hand():
     assert stats.num_accepted_tokens == 3 + 1 + 0 + 1
     assert stats.num_emitted_tokens == 4 + 2 + 1 + 2 + 1
     # position:                                0  1  2
-    assert stats.num_drafts_per_pos == [4, 3, 3]  # drafts that reach it
     assert stats.num_tried_per_pos == [4, 2, 1]  # ... and were not refused before
     assert stats.num_accepted_tokens_per_pos == [3, 1, 1]
 
@@ -84,7 +83,6 @@ def test_a_trees_positions_are_depths():
     # Two children, the second accepted; below it two more, none accepted.
     step = StepTrace(num_drafted=6, depth=2, num_tried=4, num_accepted=1, num_emitted=2)
     stats = GenerationStats.of([PROMPT, step])
-    assert stats.num_drafts_per_pos == [1, 1]
     assert stats.num_tried_per_pos == [1, 1]
     assert stats.num_accepted_tokens_per_pos == [1]
     assert stats.alpha == 1 / 4
@@ -106,7 +104,6 @@ def test_stats_add_and_rates_are_pooled():
     both = first + second
     assert both.num_steps == 3
     assert both.num_prefill_tokens == 2
-    assert both.num_drafts_per_pos == [3, 2, 2, 1, 1]
     assert both.num_tried_per_pos == [3, 2, 1]
     assert both.num_accepted_tokens_per_pos == [2, 1, 1]
     assert both.seconds == {"draft": 1.5, "verify": 2.0}
@@ -114,7 +111,6 @@ def test_stats_add_and_rates_are_pooled():
     assert both.block_efficiency == (4 + 1 + 2) / 3  # not the mean of 4 and 1.5
     assert second + first == both
     assert first + GenerationStats() == first
-    assert first.num_drafts_per_pos == [1, 1, 1]  # untouched
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -141,7 +137,6 @@ def test_the_figures_of_a_run_are_those_of_its_steps(
             refused = step.num_tried - step.num_accepted
             assert refused == (step.num_emitted > step.num_accepted < step.num_drafted)
     total = reduce(add, (result.stats for result in results))
-    assert sum(total.num_drafts_per_pos) == total.num_draft_tokens
     assert sum(total.num_tried_per_pos) == total.num_tried_tokens
     assert sum(total.num_accepted_tokens_per_pos) == total.num_accepted_tokens
     assert set(total.seconds) == {"prefill", "draft", "verify", "other"}
@@ -171,5 +166,4 @@ def test_without_drafts_there_is_nothing_to_accept(tiny, prompt):
     result = decoder.generate([Request(id="a", prompt=prompt(4))])[0]
     assert result.stats.block_efficiency == 1
     assert (result.stats.num_drafts, result.stats.num_draft_tokens) == (0, 0)
-    assert result.stats.num_drafts_per_pos == []
     assert result.stats.expected_accepted == 0

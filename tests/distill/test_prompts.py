@@ -149,6 +149,34 @@ def test_a_prompt_and_its_reference_are_the_piece(tmp_path: Path) -> None:
     assert not list(pieces("target", root))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"one\ntwo \xff\n", "line 2 is not UTF-8"),
+        ("a.csv", b"prompt\none\n\xff\n", "line 3 is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "one"}\n{"prompt": "\xff"}\n', "line 2 is not JSON"),
+        ("a.json", b'[{"prompt": "one"},\n {"prompt": "two",,}]\n', "line 2 is not JSON"),
+        ("a.json", b'{"prompt": "one"}\n{"prompt": two}\n', "line 2 is not JSON"),
+    ],
+)
+def test_what_is_broken_in_a_file_is_said_with_its_line(
+    name: str, content: bytes, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{message}.*\({tmp_path / name}\)"):
+        load(tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize("source", [DatasetPrompts, StandardLibraryPrompts])
+def test_a_limit_below_one_is_said(
+    source: type, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = {"path": str(write(tmp_path / "a.jsonl", [{"prompt": "one"}]))}
+    settings = path if source is DatasetPrompts else {}
+    with pytest.raises(UserError, match=r"prompts\.limit=0 leaves no prompt; set at least 1"):
+        source(**settings, limit=0).load(tokenizer)
+
+
 def test_an_unknown_split_is_said(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="no split 'train'"):
         StandardLibraryPrompts(split="train").load(tokenizer)

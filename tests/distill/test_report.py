@@ -48,11 +48,11 @@ def measurement(unit: int, mode: str, steps: list[list[int]], seconds: float) ->
     tried = [min(s[1] + 1, s[0]) for s in behind]
     counts = {
         "num_steps": len(behind),
+        "num_drafts": sum(s[0] > 0 for s in behind),
         "num_emitted_tokens": sum(s[2] for s in behind),
         "num_draft_tokens": sum(s[0] for s in behind),
         "num_tried_tokens": sum(tried),
         "num_accepted_tokens": sum(s[1] for s in behind),
-        "num_drafts_per_pos": [sum(s[0] > i for s in behind) for i in range(depth)],
         "num_tried_per_pos": [sum(t > i for t in tried) for i in range(depth)],
         "num_accepted_tokens_per_pos": [sum(s[1] > i for s in behind) for i in range(depth)],
         "expected_accepted": 0.0,

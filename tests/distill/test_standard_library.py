@@ -118,6 +118,24 @@ def test_a_text_that_occurs_twice_in_a_split_is_given_once(tmp_path: Path) -> No
     assert len({piece.text for piece in found}) == len(found)
 
 
+@pytest.mark.parametrize(("earlier", "later"), [("target", "evaluate"), ("distill", "evaluate")])
+def test_a_text_that_an_earlier_split_has_is_left_out(
+    earlier: str, later: str, tmp_path: Path
+) -> None:
+    copied = module(8)
+    own = 'def only_here():\n    return "only here"\n'
+    # Behind another beginning its pieces are cut elsewhere: the text counts, not the piece.
+    (tmp_path / f"{name_in(earlier)}.py").write_text(f"first = 1\n{copied}")
+    (tmp_path / f"{name_in(later)}.py").write_text(f"{copied}\n\n{own}")
+    assert "".join(piece.text for piece in pieces(later, tmp_path)).strip() == own.strip()
+    assert any("first" in piece.text for piece in pieces(earlier, tmp_path))
+
+
+def test_no_text_of_this_interpreter_is_in_two_splits() -> None:
+    texts = {split: {piece.text for piece in pieces(split)} for split in SPLITS}
+    assert len(set().union(*texts.values())) == sum(map(len, texts.values()))
+
+
 def test_files_that_are_not_python_are_passed_over(tmp_path: Path) -> None:
     good, *broken = (name_in("distill", prefix) for prefix in "abcd")
     (tmp_path / f"{good}.py").write_text("x = 1\n")

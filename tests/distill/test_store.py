@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,11 +148,39 @@ def test_shards_are_whole_with_and_without_log_probabilities(tmp_path: Path) -> 
     }
 
 
-def test_a_row_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", ["top_ids", "top_logprobs", "tail_mass"])
+def test_log_probabilities_of_other_lengths_are_named(short: str, tmp_path: Path) -> None:
+    full = {"top_ids": [[6]] * 2, "top_logprobs": [[-0.5]] * 2, "tail_mass": [0.25] * 2}
+    wrong = replace(row(1), **{**full, short: full[short][:1]})  # type: ignore[arg-type]
     store = RowStore(tmp_path)
-    store.append([Row("odd", "p", "s", [0], [6, 7], "eos", [[6]], [[-0.5]], [0.25])])
-    with pytest.raises(UserError, match=r"row odd has 2 output tokens but .* for 1"):
+    store.append([wrong])
+    with pytest.raises(UserError, match="key001 has 2 output tokens but log-probabilities for 1"):
         store.verify()
+
+
+def test_a_store_without_rows_is_an_empty_dataset(tmp_path: Path) -> None:
+    empty = RowStore(tmp_path / "nothing")
+    assert len(empty.dataset()) == len(empty) == empty.verify() == 0
+    empty_columns = set(empty.dataset().column_names)
+    other = RowStore(tmp_path)
+    other.append([row(1)])
+    assert set(other.dataset().column_names) == empty_columns
+
+
+def test_a_writer_clears_away_what_was_abandoned_and_nothing_else(tmp_path: Path) -> None:
+    abandoned, fresh = (
+        tmp_path / ".rows-a.parquet.1.partial",
+        tmp_path / ".rows-b.parquet.2.partial",
+    )
+    for partial in (abandoned, fresh):
+        partial.write_bytes(b"half")
+    long_ago = time.time() - 2 * 3600
+    os.utime(abandoned, (long_ago, long_ago))
+    with RowWriter(RowStore(tmp_path)) as writer:
+        writer.add(row(1))
+    assert not abandoned.exists()
+    assert fresh.exists()
+    assert len(RowStore(tmp_path)) == 1
 
 
 def test_the_same_rows_are_the_same_shard(tmp_path: Path) -> None:
