@@ -162,14 +162,19 @@ class SlotCache(Cache):
             path: [B, N] indices of the kept tokens, then anything; None keeps the first ones, as
                 they lie.
         """
+        if path is not None:
+            self._gather(slots, num_kept, path)
+        for slot, kept in zip(slots, num_kept, strict=True):
+            self.lengths[slot] += kept
+
+    def _gather(self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor) -> None:
+        """Move the keys and values of accepted paths together, behind the committed ones."""
         for row, (slot, kept) in enumerate(zip(slots, num_kept, strict=True)):
             start = self.lengths[slot]
-            if path is not None:
-                source = start + path[row, :kept]
-                for layer in self.layers:
-                    for store in (layer.keys, layer.values):
-                        store[slot, :, start : start + kept] = store[slot][:, source]
-            self.lengths[slot] = start + kept
+            source = start + path[row, :kept]
+            for layer in self.layers:
+                for store in (layer.keys, layer.values):
+                    store[slot, :, start : start + kept] = store[slot][:, source]
 
     def truncate(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Roll back: forget all but the first `lengths[b]` tokens of each slot."""

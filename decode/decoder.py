@@ -98,6 +98,21 @@ class _Sequence:
         return self.limit - len(self.output)
 
 
+class _Batch:
+    """Sequences that make steps together, and what of them stays the same from step to step."""
+
+    def __init__(self, sequences: list[_Sequence]):
+        self.sequences = sequences
+        self.slots = [sequence.slot for sequence in sequences]
+        self.slot_tensor = torch.tensor(self.slots)
+        neighbours = self.slots[-1] - self.slots[0] == len(self.slots) - 1
+        self.rows = slice(self.slots[0], self.slots[-1] + 1) if neighbours else self.slots
+        self.sampling = SamplingBatch.of(
+            [sequence.sampling for sequence in sequences],
+            [sequence.generator for sequence in sequences],
+        )
+
+
 class SpeculativeDecoder:
     """Decodes requests with a target and a drafter, as many at a time as the target has slots.
 
@@ -142,8 +157,9 @@ class SpeculativeDecoder:
                 has_entered = yield from self._admit(waiting)
                 if self._active:
                     with torch.inference_mode():  # around many steps: to enter it takes its time
+                        batch = _Batch(self._active)
                         while not any(sequence.finish_reason for sequence in self._active):
-                            self._step()
+                            self._step(batch)
                 elif not has_entered:
                     return
                 yield from self._retire()
@@ -152,17 +168,16 @@ class SpeculativeDecoder:
                 self._leave(sequence)
             self._active = []
 
-    def _step(self) -> None:
-        active = self._active
+    def _step(self, batch: _Batch) -> None:
+        active = batch.sequences
         started = self._now()
-        context = self._context(active)
+        context = self._context(batch)
         ready = self._now()
         draft = self.drafter.propose(context).to(self.target.device)
         drafted = self._now()
-        slots = [sequence.slot for sequence in active]
-        output = self.target.verify(slots, draft, self.drafter.hidden_layers)
+        output = self.target.verify(batch.slots, draft, self.drafter.hidden_layers)
         verified = self._now()
-        self._conclude(active, context, draft, output)
+        self._conclude(batch, context, draft, output)
         seconds = {
             "draft": drafted - ready,
             "verify": verified - drafted,
@@ -172,38 +187,31 @@ class SpeculativeDecoder:
             for name, value in seconds.items():
                 sequence.seconds[name] += value / len(active)
 
-    def _conclude(
-        self, sequences: list[_Sequence], context: Context, draft: Draft, output: ModelOutput
-    ) -> None:
+    def _conclude(self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput) -> None:
         """Accept, truncate, commit, observe, extend."""
+        sequences = batch.sequences
         acceptance = self.rule.accept(draft, output.logits, context.sampling)
         acceptance, emitted = self._truncate(sequences, draft, acceptance)
         self._record(sequences, draft, acceptance, emitted, output)
-        self.target.commit([sequence.slot for sequence in sequences], draft, acceptance)
+        self.target.commit(batch.slots, draft, acceptance)
         self.drafter.observe(context, draft, acceptance)
         self._extend(sequences, emitted, acceptance, output)
 
-    def _context(self, sequences: list[_Sequence]) -> Context:
-        slots = [sequence.slot for sequence in sequences]
-        lengths = [sequence.length for sequence in sequences]
-        rooms = [sequence.room - 1 for sequence in sequences]
-        neighbours = slots[-1] - slots[0] == len(slots) - 1
-        rows = slice(slots[0], slots[-1] + 1) if neighbours else slots
+    def _context(self, batch: "_Batch") -> Context:
+        lengths = [sequence.length for sequence in batch.sequences]
+        rooms = [sequence.room - 1 for sequence in batch.sequences]
         # By way of numpy: small tensors are made from lists at several times the cost.
-        columns = np.array([slots, lengths, rooms])
+        columns = np.array([lengths, rooms])
         return Context(
-            slots=torch.from_numpy(columns[0]),
-            tokens=self._tokens[rows, : max(lengths)],
-            lengths=torch.from_numpy(columns[1]),
-            room=torch.from_numpy(columns[2]),
+            slots=batch.slot_tensor,
+            tokens=self._tokens[batch.rows, : max(lengths)],
+            lengths=torch.from_numpy(columns[0]),
+            room=torch.from_numpy(columns[1]),
             hidden={
-                layer: pad_sequence([s.hidden[layer] for s in sequences], batch_first=True)
+                layer: pad_sequence([s.hidden[layer] for s in batch.sequences], batch_first=True)
                 for layer in self.drafter.hidden_layers
             },
-            sampling=SamplingBatch.of(
-                [sequence.sampling for sequence in sequences],
-                [sequence.generator for sequence in sequences],
-            ),
+            sampling=batch.sampling,
         )
 
     def _truncate(
@@ -333,14 +341,14 @@ class SpeculativeDecoder:
         """Read the prompts; each one's forward gives its first token."""
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
-        slots = [sequence.slot for sequence in sequences]
-        output, before = self.target.prefill(slots, prompts, self.drafter.hidden_layers)
+        batch = _Batch(sequences)
+        output, before = self.target.prefill(batch.slots, prompts, self.drafter.hidden_layers)
         for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
             self.drafter.begin(sequence.slot, prompt, hidden)
             sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
-        context = self._context(sequences)
+        context = self._context(batch)
         draft = Draft.chain(context.roots).to(self.target.device)
-        self._conclude(sequences, context, draft, output)
+        self._conclude(batch, context, draft, output)
         spent = (self._now() - started) / len(sequences)
         for sequence in sequences:
             sequence.seconds["prefill"] += spent

@@ -43,8 +43,9 @@ class Context:
     @property
     def roots(self) -> Tensor:
         """[B, 1] the last committed token of each sequence."""
-        if len(self.slots) == 1:  # nothing to gather: the tokens end with it
-            return self.tokens[:, -1:]
+        batch, width = self.tokens.shape
+        if batch == 1:  # nothing to gather: the tokens end with it
+            return self.tokens.narrow(1, width - 1, 1)
         return self.tokens.gather(1, self.lengths[:, None] - 1)
 
 

@@ -9,7 +9,8 @@ times is that of speeds. `--json FILE` writes
 
     assisted_over_transformers_assisted        their assisted step / our assisted step
     autoregressive_over_transformers_generate  our autoregressive tokens/s / their greedy ones
-    loop_overhead_fraction                     our assisted step outside the two models' forwards
+    loop_overhead_fraction                     our assisted step outside the two models' forwards;
+                                               masks and positions are of the forward, as theirs
 """
 
 import argparse
@@ -32,6 +33,7 @@ from decode import (
     Target,
     lay_out_for_decoding,
 )
+from decode.cached_model import CachedModel
 from decode.drafters import LMDrafter, NoDrafter
 from distill.prompts import StandardLibraryPrompts
 
@@ -40,24 +42,39 @@ Round = dict[str, float]
 
 
 class Forwards:
-    """Counts and times the forwards of a model, whoever calls it."""
+    """Counts and times the forwards of a model, its masks and positions included."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self) -> None:
         self.calls, self.seconds = 0, 0.0
-        counter = self
 
-        class Timed(type(model)):  # type: ignore[misc]
-            """The model's class, whose calls are timed; a hook would cost more than it measures."""
+    def timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, counted and timed."""
 
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                started = time.perf_counter()
-                output = super().__call__(*args, **kwargs)
-                counter.seconds += time.perf_counter() - started
-                counter.calls += 1
-                return output
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            output = forward(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            self.calls += 1
+            return output
 
-        Timed.__name__ = type(model).__name__
-        model.__class__ = Timed
+        return run
+
+    @classmethod
+    def of_theirs(cls, model: PreTrainedModel) -> "Forwards":
+        """Of a model that transformers calls; by its class, for a hook costs more than it tells."""
+        forwards = cls()
+        name = type(model).__name__
+        model.__class__ = type(
+            name, (type(model),), {"__call__": forwards.timed(type(model).__call__)}
+        )
+        return forwards
+
+    @classmethod
+    def of_ours(cls, cached: CachedModel) -> "Forwards":
+        """Of a model over our cache."""
+        forwards = cls()
+        vars(cached)["forward"] = forwards.timed(cached.forward)
+        return forwards
 
     def reset(self) -> None:
         """Count from zero."""
@@ -170,8 +187,6 @@ def main() -> None:
     targets, drafters = [load(args.target) for _ in "ab"], [load(args.drafter) for _ in "ab"]
     lay_out_for_decoding(targets[1])
     lay_out_for_decoding(drafters[1])
-    target_forwards = [Forwards(model) for model in targets]
-    drafter_forwards = [Forwards(model) for model in drafters]
     settings = drafters[0].generation_config
     settings.num_assistant_tokens = args.draft_length
     settings.num_assistant_tokens_schedule = "constant"
@@ -181,6 +196,8 @@ def main() -> None:
     prompts = [prompt.ids for prompt in source.load(tokenizer)]
     target = Target(targets[1], max_batch_size=1)
     drafter = LMDrafter(drafters[1], target=target, draft_length=args.draft_length)
+    target_forwards = [Forwards.of_theirs(targets[0]), Forwards.of_ours(target.cached)]
+    drafter_forwards = [Forwards.of_theirs(drafters[0]), Forwards.of_ours(drafter.cached)]
     modes = {
         "transformers generate": theirs(targets[0], None, args.max_new_tokens),
         "ours, autoregressive": ours(target, NoDrafter(), args.max_new_tokens),

@@ -23,6 +23,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -58,6 +60,8 @@ def _model(name: str, **changes: object) -> PreTrainedModel:
     match name:
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**shape))
+        case "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**shape))
         case "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
         case "mistral":

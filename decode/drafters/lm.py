@@ -70,6 +70,8 @@ class LMDrafter(Drafter):
             uniforms = sampling.uniforms(counts, self.device)
         logits = self._catch_up(context, slots, lengths, counts)
         tokens, laws = [roots], []
+        are_even = min(counts) == longest
+        one_each = [1] * len(slots)
         for step in range(longest):
             if is_greedy:
                 token = argmax(logits)
@@ -79,11 +81,12 @@ class LMDrafter(Drafter):
             tokens.append(token)
             if step + 1 < longest:
                 logits = self._logits(slots, token)
-                self.cached.cache.commit(slots, [int(step + 1 < count) for count in counts])
+                read = one_each if are_even else [int(step + 1 < count) for count in counts]
+                self.cached.cache.commit(slots, read)
         # Row n is the law of node n's children; the last node has none.
         probs = None if is_greedy else torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
         num_nodes = None  # all are as deep as the deepest
-        if min(counts) < longest:
+        if not are_even:
             num_nodes = torch.tensor(counts, device=self.device) + 1
         return Draft.chain(torch.cat(tokens, dim=1), num_nodes=num_nodes, probs=probs)
 
@@ -111,7 +114,7 @@ class LMDrafter(Drafter):
         ]
         width = max(missing)
         if len(slots) == 1:
-            tokens = context.tokens[:, cached[0] : lengths[0]]
+            tokens = context.tokens.narrow(1, cached[0], width)
         else:
             columns = torch.tensor(cached)[:, None] + torch.arange(width)
             tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))

@@ -1,0 +1,231 @@
+"""A short way through Llama-like models: the same products in the same order, without the modules.
+
+At a few tokens a step the modules of transformers spend as long in Python as in arithmetic. Here a
+layer is a dozen calls; the weights stay the model's own. Whatever is not known to fit is left to
+the modules, and so is a model whose logits come out differently when both are tried
+(`CachedModel`).
+
+Shape legend: B sequences, N tokens, L keys, H query heads, G key heads, E size of a head, D hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from decode.cache import SlotCache
+from decode.layout import side_by_side
+
+FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}  # the angle hangs on the place alone
+
+Masks = Tensor | dict[str, Tensor]
+
+
+class Projection(NamedTuple):
+    """Linear layers that read the same input: one product where their weights lie side by side."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., sum of their outputs]."""
+        if len(self.weights) == 1:
+            return F.linear(x, self.weights[0], self.biases[0])
+        parts = zip(self.weights, self.biases, strict=True)
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in parts], dim=-1)
+
+    @classmethod
+    def of(cls, *linears: nn.Linear) -> "Projection":
+        """The projection of these layers."""
+        weights = [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears]
+        weight, bias = side_by_side(weights), side_by_side(biases)
+        if weight is None or (bias is None and biases[0] is not None):
+            return cls(weights, biases)
+        return cls([weight], [bias])
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder layer."""
+
+    kind: str | None  # whose mask it takes, where there are several
+    attention_norm: Tensor
+    qkv: Projection
+    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, Qwen3's
+    attention_out: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    mlp_out: Projection
+
+
+class LeanForward:
+    """The forward of a Llama-like model over a `SlotCache`."""
+
+    def __init__(self, model: PreTrainedModel, positions: Tensor):
+        """Read the weights of `model` where they are, for `positions` [1, P]; see `of`."""
+        config = model.config
+        backbone: Any = model.base_model
+        attention = backbone.layers[0].self_attn
+        self.embeddings = backbone.embed_tokens.weight
+        self.head = Projection.of(model.lm_head)
+        self.norm = backbone.norm.weight
+        self.eps: float = backbone.norm.variance_epsilon
+        self.scaling: float = attention.scaling
+        self.head_size: int = attention.head_dim
+        self.num_heads: int = config.num_attention_heads
+        self.num_key_heads: int = config.num_key_value_heads
+        self.layers = [_layer_of(layer) for layer in backbone.layers]
+        cos, sin = backbone.rotary_emb(self.embeddings[:1], positions)
+        half = self.head_size // 2
+        # (-b, a) * sin is (b, a) * (-sin, sin): the sign is put on once, here.
+        self.cos = cos[0, :, None]  # [P, 1, E]
+        self.sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, positions: Tensor) -> "LeanForward | None":
+        """The short way through `model`, where one is known.
+
+        Args:
+            model: any causal LM.
+            positions: [1, P], the position of each place of the cache.
+        """
+        return cls(model, positions) if _is_known(model) else None
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        masks: Masks,
+        cache: SlotCache,
+        *,
+        start: int | None = None,
+        positions: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        keep: Sequence[int] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits [B, N, V] (or of the places in `keep`), and the hidden states asked for.
+
+        Args:
+            tokens: [B, N].
+            masks: additive, [B, 1, N, L]; one, or one per kind of layer.
+            cache: keys and values, opened for these tokens.
+            start: first place of a single chain.
+            positions: [B, N] of anything else.
+            layers: hidden states to return, numbered as transformers does: the last one is normed.
+            keep: places whose logits are wanted.
+        """
+        if start is not None:
+            cos = self.cos.narrow(0, start, tokens.shape[1])
+            sin = self.sin.narrow(0, start, tokens.shape[1])
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        states = F.embedding(tokens, self.embeddings)
+        hidden = {0: states} if layers else {}
+        for index, layer in enumerate(self.layers):
+            mask = masks if isinstance(masks, Tensor) else masks[layer.kind or ""]
+            normed = self._rms_norm(states, layer.attention_norm)
+            states = states + self._attention(layer, index, normed, mask, cos, sin, cache)
+            gate, up = layer.gate_up(self._rms_norm(states, layer.mlp_norm)).chunk(2, -1)
+            states = states + layer.mlp_out(F.silu(gate) * up)
+            if layers:
+                hidden[index + 1] = states
+        states = self._rms_norm(states, self.norm)
+        if layers:
+            hidden[len(self.layers)] = states
+        logits = self.head(states if keep is None else states[:, list(keep)])
+        return logits, {layer: hidden[layer] for layer in layers}
+
+    def _attention(
+        self,
+        layer: Layer,
+        index: int,
+        states: Tensor,
+        mask: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: SlotCache,
+    ) -> Tensor:
+        batch, width, _ = states.shape
+        num_rotated = self.num_heads + self.num_key_heads
+        heads = layer.qkv(states).view(batch, width, -1, self.head_size)
+        rotated = heads.narrow(2, 0, num_rotated)  # queries and keys turn alike
+        if layer.head_norms is not None:
+            queries, keys = torch.split(rotated, [self.num_heads, self.num_key_heads], dim=2)
+            normed = zip((queries, keys), layer.head_norms, strict=True)
+            rotated = torch.cat([self._rms_norm(part, weight) for part, weight in normed], dim=2)
+        half = self.head_size // 2
+        swapped = torch.cat((rotated.narrow(3, half, half), rotated.narrow(3, 0, half)), dim=-1)
+        rotated = rotated * cos + swapped * sin
+        keys, values = cache.layers[index].update(
+            rotated.narrow(2, self.num_heads, self.num_key_heads).transpose(1, 2),
+            heads.narrow(2, num_rotated, self.num_key_heads).transpose(1, 2),
+        )
+        output = F.scaled_dot_product_attention(
+            rotated.narrow(2, 0, self.num_heads).transpose(1, 2),
+            keys,
+            values,
+            attn_mask=mask,
+            scale=self.scaling,
+            enable_gqa=self.num_heads != self.num_key_heads,
+        )
+        return layer.attention_out(output.transpose(1, 2).reshape(batch, width, -1))
+
+    def _rms_norm(self, states: Tensor, weight: Tensor) -> Tensor:
+        """Over the last dimension; in half precision rounded where transformers rounds."""
+        if states.dtype == torch.float32:
+            return F.rms_norm(states, weight.shape, weight, self.eps)
+        normed = F.rms_norm(states.float(), weight.shape, eps=self.eps)
+        return weight * normed.to(states.dtype)
+
+
+def _is_known(model: PreTrainedModel) -> bool:
+    """Whether `model` is, in every part, what this file computes."""
+    if type(model) not in FAMILIES:
+        return False
+    config = model.config
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    parameters = list(model.parameters())
+    return (
+        config.hidden_act == "silu"
+        and config._attn_implementation == "sdpa"
+        and rotary in STATIC_ROTARY
+        and len({(parameter.device, parameter.dtype) for parameter in parameters}) == 1
+        and parameters[0].is_floating_point()
+        and not any(_is_changed(module) for module in model.modules())
+    )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module is not as shipped: an adapter, quantised, hooked or patched."""
+    home = type(module).__module__
+    return (
+        not home.startswith(
+            ("transformers.models.", "torch.nn.modules.", "transformers.activations")
+        )
+        or bool(module._forward_hooks or module._forward_pre_hooks)
+        or "forward" in vars(module)
+    )
+
+
+def _layer_of(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    has_head_norms = getattr(attention, "q_norm", None) is not None
+    return Layer(
+        kind=getattr(attention, "layer_type", None),
+        attention_norm=layer.input_layernorm.weight,
+        qkv=Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_head_norms else None,
+        attention_out=Projection.of(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=Projection.of(mlp.gate_proj, mlp.up_proj),
+        mlp_out=Projection.of(mlp.down_proj),
+    )
