@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+ROWS_HINT = 8  # rows that packing expects; other numbers work as well
 SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -13,9 +14,11 @@ def lay_out_for_decoding(model: nn.Module) -> None:
 
     Linear layers that read the same input come to lie side by side, so that one product does for
     all of them (`decode/lean.py`). In float32 on the CPU matrices are stored transposed besides, so
-    that a product with one or a few tokens reads them in the order of the inputs: at 8 layers x 256
-    a step of one token takes 15 % less time. Shapes, values and modules stay as they are, and tied
-    embeddings tied. Weights may share a storage then: the model is for decoding, not for saving.
+    that a product with one token reads them in the order of the inputs (at 8 layers x 256 a step
+    takes 15 % less time); and `decode/lean.py` keeps a packed copy of each for products with more
+    tokens, which takes their memory once more. Shapes, values and modules stay as they are, and
+    tied embeddings tied. Such a model is for decoding, not for training or saving: weights share
+    storages, and packed copies do not follow a change.
     """
     done: set[Tensor] = set()
     for linears in _groups(model):
@@ -45,6 +48,36 @@ def side_by_side(tensors: Sequence[Tensor | None]) -> Tensor | None:
         num_rows += len(tensor)
     size = (num_rows, *first.shape[1:])
     return first.detach().as_strided(size, first.stride(), first.storage_offset())
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether a matrix is stored the way `lay_out_for_decoding` stores it on the CPU."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.stride(0) == 1
+        and weight.stride(1) > 1
+    )
+
+
+def packed(weight: Tensor) -> Tensor | None:
+    """A float32 matrix [O, I] in oneDNN's blocks for `multiply_packed`; None without oneDNN."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.detach().contiguous(), ROWS_HINT
+    )
+    return blocks
+
+
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` with a packed weight: [..., I] to [..., O].
+
+    torch's compiler uses this operator when it freezes weights; its eager functions pack anew in
+    every call.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:

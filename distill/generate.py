@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from decode import SamplingParams
+from decode import SamplingParams, lay_out_for_decoding
 from distill.config import command
 from distill.errors import UserError
 from distill.progress import Progress
@@ -64,6 +64,7 @@ class Generate:
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         target = self.target.load()
+        lay_out_for_decoding(target.model)
         prompts = self.prompts.load(target.tokenizer)
         context = target.model.config.get_text_config().max_position_embeddings
         longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
