@@ -164,8 +164,9 @@ class SlotCache(Cache):
         """
         if path is not None:
             self._gather(slots, num_kept, path)
+        lengths = self.lengths
         for slot, kept in zip(slots, num_kept, strict=True):
-            self.lengths[slot] += kept
+            lengths[slot] += kept
 
     def _gather(self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor) -> None:
         """Move the keys and values of accepted paths together, behind the committed ones."""

@@ -178,14 +178,12 @@ class SpeculativeDecoder:
         output = self.target.verify(batch.slots, draft, self.drafter.hidden_layers)
         verified = self._now()
         self._conclude(batch, context, draft, output)
-        seconds = {
-            "draft": drafted - ready,
-            "verify": verified - drafted,
-            "other": self._now() - verified + ready - started,
-        }
+        other = self._now() - verified + ready - started
         for sequence in active:
-            for name, value in seconds.items():
-                sequence.seconds[name] += value / len(active)
+            seconds = sequence.seconds
+            seconds["draft"] += (drafted - ready) / len(active)
+            seconds["verify"] += (verified - drafted) / len(active)
+            seconds["other"] += other / len(active)
 
     def _conclude(self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput) -> None:
         """Accept, truncate, commit, observe, extend."""

@@ -29,7 +29,8 @@ class Greedy:
         # The decoder needs the outcome on the host anyway, and there a walk down the tree is both
         # the shortest and the fastest way to write this.
         choice = _choices(target_logits)
-        tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+        tokens = draft.tokens.tolist()
+        parents = None if draft.is_chain else draft.parents.tolist()
         width = draft.tokens.shape[1]
         outcomes = []
         for row, num_nodes in enumerate(draft.num_nodes.tolist()):
@@ -37,7 +38,8 @@ class Greedy:
             num_tried = 0
             wanted = choice(row, 0)
             for node in range(1, num_nodes):  # parents come first: a child is met after its parent
-                if parents[row][node] == path[-1]:
+                parent = node - 1 if parents is None else parents[row][node]
+                if parent == path[-1]:
                     num_tried += 1
                     if tokens[row][node] == wanted:
                         path.append(node)

@@ -12,6 +12,8 @@ from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
 from decode.sampling import SamplingBatch, draw
 
+GREEDY = Greedy()
+
 
 @dataclass(frozen=True)
 class SpeculativeSampling:
@@ -29,7 +31,7 @@ class SpeculativeSampling:
     def accept(self, draft: Draft, target_logits: Tensor, sampling: SamplingBatch) -> Acceptance:
         """Judge `draft` by the target's logits [B, N, V], warped as the sequences ask."""
         if sampling.is_greedy:
-            return Greedy().accept(draft, target_logits, sampling)
+            return GREEDY.accept(draft, target_logits, sampling)
         target_probs = sampling.probs(target_logits)
         counts = draft.num_nodes.tolist()
         uniforms = sampling.uniforms(counts, target_probs.device)

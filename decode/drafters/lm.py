@@ -127,9 +127,9 @@ class LMDrafter(Drafter):
 
     def _logits(self, slots: list[int], tokens: Tensor) -> Tensor:
         """[B, N, V] over the target's vocabulary."""
-        logits = self.cached.forward(slots, self._readable(tokens)).logits
         if self.surplus == 0:
-            return logits
+            return self.cached.forward(slots, tokens).logits
+        logits = self.cached.forward(slots, self._readable(tokens)).logits
         # Ids that only the drafter has are cut off, ids that only the target has are impossible.
         return torch.nn.functional.pad(logits, (0, self.surplus), value=-torch.inf)
 
