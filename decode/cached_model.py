@@ -88,8 +88,9 @@ class CachedModel:
         tree: Draft | None = None,
         layers: tuple[int, ...] = (),
         keep: Sequence[int] | None = None,
+        commit: Sequence[int] | None = None,
     ) -> ModelOutput:
-        """Run `tokens` behind what is committed; nothing is committed by it.
+        """Run `tokens` behind what is committed.
 
         Args:
             slots: [B] slots of the sequences.
@@ -97,6 +98,7 @@ class CachedModel:
             tree: the draft whose nodes the tokens are.
             layers: hidden states to return.
             keep: the places whose logits are wanted, ascending; None is all of them.
+            commit: how many tokens of each sequence are committed at once; None is none of them.
         """
         width = tokens.shape[1]
         is_tree = tree is not None and not tree.is_chain
@@ -116,7 +118,21 @@ class CachedModel:
             logits, hidden = self._lean(
                 tokens, mask, self.cache, start=start, positions=positions, layers=layers, keep=keep
             )
-            return ModelOutput(logits, hidden)
+        else:
+            logits, hidden = self._by_modules(tokens, mask, positions, layers, keep)
+        if commit is not None:
+            self.cache.commit(slots, commit)
+        return ModelOutput(logits, hidden)
+
+    def _by_modules(
+        self,
+        tokens: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        positions: Tensor,
+        layers: tuple[int, ...],
+        keep: Sequence[int] | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The model's own forward: logits, and the hidden states asked for."""
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
@@ -131,7 +147,7 @@ class CachedModel:
         logits = output.logits
         if keep is not None and not self._keeps_logits:
             logits = logits[:, list(keep)]
-        return ModelOutput(logits, {layer: output.hidden_states[layer] for layer in layers})
+        return logits, {layer: output.hidden_states[layer] for layer in layers}
 
     @torch.no_grad()
     def _tried(self, lean: LeanForward | None) -> LeanForward | None:

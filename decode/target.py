@@ -72,14 +72,13 @@ class Target:
             fed = [min(max(count - begin, 0), chunk.shape[1]) for count in counts]
             ending = [row for row, count in enumerate(counts) if 0 < count - begin <= fed[row]]
             places = sorted({fed[row] - 1 for row in ending})
-            output = self.cached.forward(slots, chunk, layers=layers, keep=places)
+            kept = [count - (row in ending) for row, count in enumerate(fed)]
+            output = self.cached.forward(slots, chunk, layers=layers, keep=places, commit=kept)
             for row, count in enumerate(fed):
                 for layer in layers:
                     states[row][layer].append(output.hidden[layer][row, :count])
             for row in ending:
                 rows[row] = output.logits[row, places.index(fed[row] - 1)]
-                fed[row] -= 1
-            self.cached.cache.commit(slots, fed)
         read = [{layer: torch.cat(parts) for layer, parts in row.items()} for row in states]
         at_root = {layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers}
         logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]

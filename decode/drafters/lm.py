@@ -48,8 +48,7 @@ class LMDrafter(Drafter):
         self.cached.cache.release(slot)
         if 1 < len(prompt) <= self.cached.max_length:
             tokens = self._readable(prompt[None, :-1].to(self.device))
-            self.cached.forward([slot], tokens, keep=[])
-            self.cached.cache.commit([slot], [len(prompt) - 1])
+            self.cached.forward([slot], tokens, keep=[], commit=[len(prompt) - 1])
 
     def propose(self, context: Context) -> Draft:
         """Chains of up to `draft_length` tokens, shorter where `context.room` is."""
@@ -80,9 +79,8 @@ class LMDrafter(Drafter):
                 token = draw(laws[-1], uniforms[:, step])[:, None]
             tokens.append(token)
             if step + 1 < longest:
-                logits = self._logits(slots, token)
                 read = one_each if are_even else [int(step + 1 < count) for count in counts]
-                self.cached.cache.commit(slots, read)
+                logits = self._logits(slots, token, read)
         # Row n is the law of node n's children; the last node has none.
         probs = None if is_greedy else torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
         num_nodes = None  # all are as deep as the deepest
@@ -118,18 +116,17 @@ class LMDrafter(Drafter):
         else:
             columns = torch.tensor(cached)[:, None] + torch.arange(width)
             tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
-        logits = self._logits(slots, tokens.to(self.device))
-        self.cached.cache.commit(slots, missing)
+        logits = self._logits(slots, tokens.to(self.device), missing)
         if min(missing) == width:
             return logits[:, -1:]
         last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
         return logits[torch.arange(len(slots), device=logits.device), last][:, None]
 
-    def _logits(self, slots: list[int], tokens: Tensor) -> Tensor:
-        """[B, N, V] over the target's vocabulary."""
+    def _logits(self, slots: list[int], tokens: Tensor, commit: list[int]) -> Tensor:
+        """[B, N, V] over the target's vocabulary; `commit` of each sequence's tokens are kept."""
         if self.surplus == 0:
-            return self.cached.forward(slots, tokens).logits
-        logits = self.cached.forward(slots, self._readable(tokens)).logits
+            return self.cached.forward(slots, tokens, commit=commit).logits
+        logits = self.cached.forward(slots, self._readable(tokens), commit=commit).logits
         # Ids that only the drafter has are cut off, ids that only the target has are impossible.
         return torch.nn.functional.pad(logits, (0, self.surplus), value=-torch.inf)
 
