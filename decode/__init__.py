@@ -4,6 +4,7 @@ from decode.cached_model import CachedModel, ModelOutput
 from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
 from decode.draft import Draft
 from decode.layout import lay_out_for_decoding
+from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
 from decode.sampling import SamplingBatch, SamplingParams
 from decode.stats import GenerationStats, StepTrace
@@ -28,7 +29,11 @@ __all__ = [
     "StepTrace",
     "Target",
     "TopLogprobs",
+    "TreePlan",
     "check_tokenizers",
+    "expected_accepted",
     "lay_out_for_decoding",
+    "plan_best_first",
+    "plan_without_gaps",
     "tokenizer_hash",
 ]
