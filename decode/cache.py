@@ -20,7 +20,8 @@ class Window(NamedTuple):
     """Which part of the cache one forward writes and reads.
 
     Attributes:
-        starts: first position written in each slot: the tokens committed before it.
+        starts: first place written in each slot: the tokens before it are committed, or were read
+            by the forwards just before.
         slot: the slot of a single sequence, which is read and written by slices (several times
             faster), or None.
         rows: the slots read otherwise: a slice where they are neighbours (no copy), else [B]
@@ -123,14 +124,22 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def open(
-        self, slots: Sequence[int], width: int, device: torch.device, *, is_tree: bool = False
+        self,
+        slots: Sequence[int],
+        width: int,
+        device: torch.device,
+        *,
+        is_tree: bool = False,
+        num_read: int = 0,
     ) -> Window:
         """Prepare a forward of `width` tokens behind the committed ones of `slots`.
+
+        Or behind those and `num_read` more, which the forwards just before have read.
 
         A tree is wider than it is deep: near the end of the context its nodes need more places than
         any path of it has positions, and the cache grows by them.
         """
-        starts = [self.lengths[slot] for slot in slots]
+        starts = [self.lengths[slot] + num_read for slot in slots]
         end = max(starts) + width
         if is_tree and end >= self.capacity:
             self.capacity = end + 1

@@ -86,6 +86,7 @@ class CachedModel:
         tokens: Tensor,
         *,
         tree: Draft | None = None,
+        num_read: int = 0,
         layers: tuple[int, ...] = (),
         keep: Sequence[int] | None = None,
         commit: Sequence[int] | None = None,
@@ -96,15 +97,17 @@ class CachedModel:
             slots: [B] slots of the sequences.
             tokens: [B, N]; chains, unless `tree` says how they hang together.
             tree: the draft whose nodes the tokens are.
+            num_read: how many nodes of `tree` the forwards just before have read, from the root on;
+                the tokens are the nodes behind them, and see their keys.
             layers: hidden states to return.
             keep: the places whose logits are wanted, ascending; None is all of them.
             commit: how many tokens of each sequence are committed at once; None is none of them.
         """
         width = tokens.shape[1]
         is_tree = tree is not None and not tree.is_chain
-        window = self.cache.open(slots, width, self.device, is_tree=is_tree)
+        window = self.cache.open(slots, width, self.device, is_tree=is_tree, num_read=num_read)
         if tree is not None and is_tree:
-            mask, positions = self._tree_inputs(window, tree)
+            mask, positions = self._tree_inputs(window, tree, num_read)
         elif width == 1 and window.slot is not None:
             known = self._single_token.get(window.starts[0])
             if known is None:
@@ -171,13 +174,17 @@ class CachedModel:
         return None
 
     def _tree_inputs(
-        self, window: Window, tree: Draft
+        self, window: Window, tree: Draft, num_read: int
     ) -> tuple[Tensor | dict[str, Tensor], Tensor]:
-        """Attention mask and positions [B, N] of draft trees."""
+        """Attention mask and positions [B, N] of draft trees, without the nodes read before."""
         ancestors = tree.ancestors()
         depths = ancestors.sum(-1) - 1
-        positions = torch.tensor(window.starts, device=self.device)[:, None] + depths
-        masks = [maker.tree(window.starts, ancestors, window.num_keys) for maker in self._makers]
+        starts = [start - num_read for start in window.starts]
+        positions = torch.tensor(starts, device=self.device)[:, None] + depths
+        masks = [maker.tree(starts, ancestors, window.num_keys) for maker in self._makers]
+        if num_read:
+            masks = [mask[:, :, num_read:].contiguous() for mask in masks]
+            positions = positions[:, num_read:]
         return self._by_kind(masks), positions.clamp(max=self._last_position)
 
     def _chain_inputs(

@@ -1,0 +1,112 @@
+"""What language models that draft have in common: a cache of their own, the target's vocabulary."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from decode.cached_model import CachedModel
+from decode.draft import Draft
+from decode.protocols import Context
+from decode.target import Target
+
+
+class Reader:
+    """A causal LM with the target's tokenizer that reads what is committed and what it drafts.
+
+    Attributes:
+        cached: the model and its keys and values.
+        num_choices: how many ids both the model and the target have.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, target: Target):
+        """Read for `target`.
+
+        A vocabulary padded to another size than the target's is fine: ids that the target does not
+        have are never drafted. Sequences longer than the model's own context are not read.
+
+        Raises:
+            ValueError: the model cannot draft with this runtime, or is on another device.
+        """
+        if model.device != target.device:
+            raise ValueError(f"the drafter is on {model.device}, the target on {target.device}")
+        self.cached = CachedModel(
+            model.eval(), num_slots=target.max_batch_size, max_length=target.max_length
+        )
+        self.cache = self.cached.cache
+        self.device = target.device
+        self.num_choices = min(target.vocab_size, self.cached.vocab_size)
+        self._surplus = target.vocab_size - self.cached.vocab_size
+
+    def begin(self, slot: int, prompt: Tensor) -> None:
+        """Read the prompt [T] but for its last token, which the first draft begins with."""
+        self.cache.release(slot)
+        if 1 < len(prompt) <= self.cached.max_length:
+            tokens = self._readable(prompt[None, :-1].to(self.device))
+            self.cached.forward([slot], tokens, keep=[], commit=[len(prompt) - 1])
+
+    def depths(self, context: Context, deepest: int) -> list[int]:
+        """How deep the draft of each sequence may be, `deepest` at most.
+
+        The model reads one token less than it drafts; its own context may be the shorter one.
+        """
+        longest = self.cached.max_length + 1
+        return [
+            max(0, min(deepest, room, longest - length))
+            for room, length in zip(context.room.tolist(), context.lengths.tolist(), strict=True)
+        ]
+
+    def catch_up(
+        self, context: Context, slots: list[int], depths: list[int], *, commit_roots: bool
+    ) -> Tensor:
+        """Read the committed tokens that are not cached yet, for sequences with a draft to come.
+
+        That is the root, and before it what was accepted without having been read.
+
+        Args:
+            context: of this step.
+            slots: the context's, as a list.
+            depths: as `depths` gives them.
+            commit_roots: False where the root is the first of the nodes that the step reads.
+
+        Returns:
+            [B, 1, V] logits behind the root.
+        """
+        lengths = context.lengths.tolist()
+        cached = [self.cache.lengths[slot] for slot in slots]
+        missing = [
+            length - done if depth else 0
+            for length, done, depth in zip(lengths, cached, depths, strict=True)
+        ]
+        width = max(missing)
+        if len(slots) == 1:
+            tokens = context.tokens.narrow(1, cached[0], width)
+        else:
+            columns = torch.tensor(cached)[:, None] + torch.arange(width)
+            tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
+        committed = missing if commit_roots else [max(0, count - 1) for count in missing]
+        logits = self.read(slots, tokens.to(self.device), commit=committed)
+        if min(missing) == width:
+            return logits[:, -1:]
+        last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
+        return logits[torch.arange(len(slots), device=logits.device), last][:, None]
+
+    def read(
+        self,
+        slots: list[int],
+        tokens: Tensor,
+        *,
+        tree: Draft | None = None,
+        num_read: int = 0,
+        commit: list[int] | None = None,
+    ) -> Tensor:
+        """[B, N, V] logits over the target's vocabulary; the arguments are the cached model's."""
+        readable = self._readable(tokens)
+        output = self.cached.forward(slots, readable, tree=tree, num_read=num_read, commit=commit)
+        if self._surplus == 0:
+            return output.logits
+        # Ids that only the drafter has are cut off, ids that only the target has are impossible.
+        return torch.nn.functional.pad(output.logits, (0, self._surplus), value=-torch.inf)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """Ids that only the target has are read as the drafter's last one."""
+        return tokens.clamp(max=self.cached.vocab_size - 1) if self._surplus > 0 else tokens
