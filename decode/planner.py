@@ -58,7 +58,7 @@ class TreePlan:
 
     @classmethod
     def expansion(cls, counts: Sequence[int]) -> "TreePlan":
-        """Every node of depth i has counts[i] children: SpecInfer (Miao et al. 2023), section 3.
+        """Every node of depth i has counts[i] children: SpecInfer (Miao et al. 2023).
 
         Raises:
             ValueError: a count is below 1.
@@ -119,7 +119,7 @@ def expected_accepted(plan: TreePlan, acceptance: Profile) -> float:
 def plan_without_gaps(acceptance: Sequence[float], *, budget: int, depth: int) -> TreePlan:
     """The best tree whose nodes have children of rank 0, 1, .. without gaps, as drawn ones do.
 
-    Sequoia's dynamic programme (Chen et al. 2024, section 3.1), with its limit on depth: the best
+    Sequoia's dynamic programme (Chen et al. 2024), with its limit on depth: the best
     subtree gives some of its nodes to the child of rank 0, some of the rest to that of rank 1, and
     so on. The acceptance need not fall with the rank.
 
@@ -159,7 +159,7 @@ def plan_without_gaps(acceptance: Sequence[float], *, budget: int, depth: int) -
 def plan_best_first(acceptance: Profile, *, budget: int, depth: int) -> TreePlan:
     """The best tree where any of a node's children may be chosen, as among the likeliest tokens.
 
-    Medusa (Cai et al. 2024, section 2.3.3): the most valuable node that hangs on the tree comes
+    Medusa (Cai et al. 2024): the most valuable node that hangs on the tree comes
     next. No node is worth more than its parent: the result holds the most valuable nodes of all.
 
     Args:

@@ -9,8 +9,26 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from decode import Acceptance, Context, Draft, Drafter, SamplingBatch, SamplingParams, Target
-from decode.drafters import LMDrafter, NoDrafter, load_drafter
+from decode import (
+    Acceptance,
+    Context,
+    Draft,
+    Drafter,
+    SamplingBatch,
+    SamplingParams,
+    Target,
+    TreePlan,
+)
+from decode.drafters import (
+    DistinctChildren,
+    IndependentChildren,
+    LikeliestChildren,
+    LikeliestPaths,
+    LMDrafter,
+    LMTreeDrafter,
+    NoDrafter,
+    load_drafter,
+)
 from decode.sampling import generator_for, warp
 
 GREEDY = SamplingParams()
@@ -48,20 +66,40 @@ def begin(drafter: Drafter, texts: Sequence[list[int]], slots: Sequence[int] | N
 
 
 def accept(draft: Draft, counts: Sequence[int], next_token: int) -> Acceptance:
-    """The first `counts[b]` tokens of chain b."""
-    nodes = torch.arange(draft.tokens.shape[1])
-    num_accepted = torch.tensor(counts)
-    path = torch.where(nodes <= num_accepted[:, None], nodes, -1)
+    """The first `counts[b]` nodes on the way to the last of the deepest nodes of tree b."""
+    paths = torch.full_like(draft.tokens, -1)
+    depths = draft.depths() * draft.valid
+    for row, count in enumerate(counts):
+        node = int((depths[row] == depths[row].max()).nonzero()[-1])
+        path = [node]
+        while path[0]:
+            path.insert(0, int(draft.parents[row, path[0]]))
+        paths[row, : count + 1] = torch.tensor(path[: count + 1])
+    num_accepted = (paths >= 0).sum(1) - 1
     tried = torch.minimum(num_accepted + 1, draft.num_nodes - 1)
-    return Acceptance(path, num_accepted, torch.full_like(num_accepted, next_token), tried)
+    return Acceptance(paths, num_accepted, torch.full_like(num_accepted, next_token), tried)
+
+
+def accepted_tokens(draft: Draft, acceptance: Acceptance) -> list[list[int]]:
+    return [
+        draft.tokens[row, path[1 : count + 1]].tolist()
+        for row, (path, count) in enumerate(
+            zip(acceptance.path, acceptance.num_accepted, strict=True)
+        )
+    ]
 
 
 def drafted(draft: Draft) -> list[list[int]]:
     return [row[1:count] for row, count in zip(draft.tokens.tolist(), draft.num_nodes, strict=True)]
 
 
+def depth_of(draft: Draft) -> torch.Tensor:
+    return (draft.depths() * draft.valid).amax(1)
+
+
 def same(ours: Draft, theirs: Draft) -> None:
     assert drafted(ours) == drafted(theirs)
+    assert torch.equal(ours.parents, theirs.parents)
     assert (ours.probs is None) == (theirs.probs is None)
     if ours.probs is not None:
         for row, count in enumerate(ours.num_nodes.tolist()):
@@ -77,6 +115,11 @@ def makers(tiny, perturbed) -> dict[str, Make]:
     def lm(drafter_model) -> Make:
         return lambda target: LMDrafter(drafter_model, target=target, draft_length=DRAFT_LENGTH)
 
+    def tree(drafter_model, shape) -> Make:
+        return lambda target: LMTreeDrafter(drafter_model, target=target, shape=shape)
+
+    near, paths = perturbed(model), LikeliestPaths(width=3, depth=4, size=9)
+    sparse = TreePlan((0, 0, 1, 1, 2, 4), (0, 1, 0, 2, 0, 0))
     return {
         "none": lambda target: NoDrafter(),
         "lm": lm(perturbed(model)),
@@ -85,6 +128,32 @@ def makers(tiny, perturbed) -> dict[str, Make]:
         "lm, fewer tokens": lm(tiny("llama", seed=3, vocab_size=80)),
         "lm, more tokens": lm(tiny("llama", seed=3, vocab_size=120)),
         "lm, shorter context": lm(tiny("llama", seed=3, max_position_embeddings=12)),
+        "likeliest children": tree(near, LikeliestChildren(TreePlan.expansion([3, 2, 1]))),
+        "likeliest children, sparse": tree(near, LikeliestChildren(sparse)),
+        "likeliest children, chains": tree(near, LikeliestChildren(TreePlan.expansion([1] * 4))),
+        "independent children": tree(near, IndependentChildren(TreePlan.expansion([2, 3, 1, 1]))),
+        "independent children, sparse": tree(near, IndependentChildren(sparse)),
+        "independent children, chains": tree(
+            near, IndependentChildren(TreePlan.expansion([1, 1, 1]))
+        ),
+        "distinct children": tree(near, DistinctChildren(TreePlan.expansion([3, 2, 2]))),
+        "likeliest paths": tree(near, paths),
+        "likeliest paths, sliding window": tree(tiny("mistral", seed=2), paths),
+        "likeliest paths, learnt positions": tree(tiny("gpt2", seed=2), paths),
+        "likeliest paths, fewer tokens": tree(tiny("llama", seed=3, vocab_size=80), paths),
+        "likeliest paths, shorter context": tree(
+            tiny("llama", seed=3, max_position_embeddings=12), paths
+        ),
+        "independent children, sliding window": tree(
+            tiny("mistral", seed=2), IndependentChildren(TreePlan.expansion([2, 2, 2]))
+        ),
+        "independent children, more tokens": tree(
+            tiny("llama", seed=3, vocab_size=120), IndependentChildren(sparse)
+        ),
+        "distinct children, shorter context": tree(
+            tiny("llama", seed=3, max_position_embeddings=12),
+            DistinctChildren(TreePlan.expansion([3, 2, 2])),
+        ),
     }
 
 
@@ -96,6 +165,21 @@ DRAFTERS = [
     "lm, fewer tokens",
     "lm, more tokens",
     "lm, shorter context",
+    "likeliest children",
+    "likeliest children, sparse",
+    "likeliest children, chains",
+    "independent children",
+    "independent children, sparse",
+    "independent children, chains",
+    "independent children, sliding window",
+    "independent children, more tokens",
+    "distinct children",
+    "distinct children, shorter context",
+    "likeliest paths",
+    "likeliest paths, sliding window",
+    "likeliest paths, learnt positions",
+    "likeliest paths, fewer tokens",
+    "likeliest paths, shorter context",
 ]
 
 
@@ -164,8 +248,7 @@ def test_it_keeps_to_its_room(make, prompt, params, room):
     drafter = make()
     begin(drafter, texts)
     draft = drafter.propose(context_of(texts, room=room, params=params))
-    deepest = (draft.depths() * draft.valid).amax(1)
-    assert (deepest <= torch.tensor(room)).all()
+    assert (depth_of(draft) <= torch.tensor(room)).all()
 
 
 def test_a_draft_does_not_depend_on_the_neighbours(make, prompt, params):
@@ -190,11 +273,14 @@ def test_what_is_rejected_leaves_no_trace(make, prompt, params, accepted):
     for step in range(3):
         context = context_of(texts, params=params)
         draft = drafter.propose(context)
-        counts = [min(n, len(own)) for n, own in zip(accepted, drafted(draft), strict=True)]
-        drafter.observe(context, draft, accept(draft, counts, 33 + step))
+        counts = [
+            min(n, deepest) for n, deepest in zip(accepted, depth_of(draft).tolist(), strict=True)
+        ]
+        acceptance = accept(draft, counts, 33 + step)
+        drafter.observe(context, draft, acceptance)
         texts = [
-            [*text, *own[:count], 33 + step]
-            for text, own, count in zip(texts, drafted(draft), counts, strict=True)
+            [*text, *new, 33 + step]
+            for text, new in zip(texts, accepted_tokens(draft, acceptance), strict=True)
         ]
     fresh = make()
     begin(fresh, texts)
@@ -253,8 +339,7 @@ def test_the_end_of_the_context_is_respected(make, prompt, params):
     drafter = make()
     begin(drafter, texts)
     draft = drafter.propose(context_of(texts, room=[0, 5, 50], params=params))
-    deepest = (draft.depths() * draft.valid).amax(1)
-    assert (deepest <= torch.tensor([0, 5, 50])).all()
+    assert (depth_of(draft) <= torch.tensor([0, 5, 50])).all()
 
 
 # The language model
