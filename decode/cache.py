@@ -180,6 +180,8 @@ class SlotCache(Cache):
     def _gather(self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor) -> None:
         """Move the keys and values of accepted paths together, behind the committed ones."""
         for row, (slot, kept) in enumerate(zip(slots, num_kept, strict=True)):
+            if kept == 0:
+                continue
             start = self.lengths[slot]
             source = start + path[row, :kept]
             for layer in self.layers:

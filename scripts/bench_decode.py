@@ -207,7 +207,7 @@ def main() -> None:
     target = Target(targets[1], max_batch_size=1)
     drafter = LMDrafter(drafters[1], target=target, draft_length=args.draft_length)
     target_forwards = [Forwards.of_theirs(targets[0]), Forwards.of_ours(target.cached)]
-    drafter_forwards = [Forwards.of_theirs(drafters[0]), Forwards.of_ours(drafter.cached)]
+    drafter_forwards = [Forwards.of_theirs(drafters[0]), Forwards.of_ours(drafter.reader.cached)]
     modes = {
         "transformers generate": theirs(targets[0], None, args.max_new_tokens),
         "ours, autoregressive": ours(target, NoDrafter(), args.max_new_tokens),

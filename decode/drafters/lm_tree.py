@@ -36,9 +36,8 @@ class LMTreeDrafter(Drafter):
                 f"{self.reader.num_choices} tokens"
             )
         self.shape = shape
-        self._places: dict[
-            int, list[int]
-        ] = {}  # slot -> place of each drafted node among those read
+        # slot -> place of each drafted node among those read
+        self._places: dict[int, list[int]] = {}
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """Read the prompt but for its last token, which the first draft begins with."""
@@ -53,9 +52,8 @@ class LMTreeDrafter(Drafter):
         self._places = {slot: places for slot, places in self._places.items() if slot not in slots}
         if max(depths) == 0:
             return Draft.chain(roots)
-        logits, num_read = self.reader.catch_up(context, depths)
         # The root is the first node of what is read now, and not committed before the step is over.
-        self.reader.cache.commit(slots, [max(0, count - 1) for count in num_read])
+        logits = self.reader.catch_up(context, slots, depths, commit_roots=False)
         tree = GrowingTree(self.reader, slots, roots, logits)
         draft, places = harvest(roots, self.shape.grow(tree, depths, context.sampling))
         for slot, depth, row in zip(slots, depths, places.tolist(), strict=True):
