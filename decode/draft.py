@@ -30,6 +30,8 @@ class Draft:
         probs: [B, N, V], the law of each node's children, or None where the children were chosen
             with certainty (n-gram, suffix and greedy drafters).
         is_chain: every node's parent is the node before it, in every row.
+        without_replacement: siblings were drawn one after the other from what `probs` leaves
+            without those before them; else each was drawn from `probs` as it stands.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class Draft:
     num_nodes: Tensor
     probs: Tensor | None = None
     is_chain: bool = False
+    without_replacement: bool = False
 
     @classmethod
     def chain(
@@ -111,6 +114,15 @@ class Draft:
         for node in range(1, width):
             mask[:, node] |= mask[rows, self.parents[:, node]]
         return mask
+
+    def children(self) -> Tensor:
+        """[B, N, K] int64: the children of each node in their order, then 0, which is nobody's."""
+        nodes = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_child = (self.parents[:, None] == nodes[:, None]) & self.valid[:, None]  # [B, N, N]
+        counts = is_child.sum(-1)
+        order = is_child.byte().argsort(dim=-1, descending=True, stable=True)
+        order = order[..., : max(int(counts.max()), 1)]
+        return torch.where(nodes[: order.shape[-1]] < counts[..., None], order, 0)
 
     def depths(self) -> Tensor:
         """[B, N] int64: edges between each node and the root."""

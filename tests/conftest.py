@@ -183,6 +183,8 @@ def g_test() -> Callable[..., float]:
             cell = outcome if total * probability >= 5 else "rare"
             cells[cell] += counts.get(outcome, 0)
             expected[cell] += total * probability
+        if len(cells) == 1:
+            return 1.0  # there is nothing to deviate
         g = 2 * sum(n * math.log(n / expected[cell]) for cell, n in cells.items() if n)
         return float(chi2.sf(g, len(cells) - 1))
 

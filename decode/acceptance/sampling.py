@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.tree import descend, one_by_one
 from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
 from decode.sampling import SamplingBatch, draw
@@ -32,6 +33,11 @@ class SpeculativeSampling:
         """Judge `draft` by the target's logits [B, N, V], warped as the sequences ask."""
         if sampling.is_greedy:
             return GREEDY.accept(draft, target_logits, sampling)
+        if draft.without_replacement:
+            raise ValueError(
+                "SpeculativeSampling is not lossless on children drawn without replacement; "
+                "RecursiveRejection is the rule for them"
+            )
         target_probs = sampling.probs(target_logits)
         counts = draft.num_nodes.tolist()
         uniforms = sampling.uniforms(counts, target_probs.device)
@@ -83,43 +89,8 @@ def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accept
 
 
 def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
-    """The rule on any tree, and the reference that `accept_chain` is tested against.
+    """The rule on any tree of independent children, and the reference for `accept_chain`.
 
-    Parents precede children, so one pass over the nodes visits every sibling before any child of
-    one of them.
-
-    Args:
-        draft: trees of N nodes; siblings were drawn independently from their parent's row.
-        target_probs: [B, N, V].
-        uniforms: [B, N]; draw n - 1 judges node n, and the one at the number of drafted nodes
-            chooses the next token.
+    The arguments are those of `descend`.
     """
-    batch, width, _ = target_probs.shape
-    rows = torch.arange(batch, device=target_probs.device)
-    node = torch.zeros_like(draft.num_nodes)
-    path = torch.full_like(draft.tokens, -1)
-    path[:, 0] = 0
-    depth = torch.zeros_like(node)
-    num_tried = torch.zeros_like(node)
-    expected = target_probs.new_zeros(batch, width)
-    remaining = target_probs[:, 0]  # [B, V] what the target still wants behind `node`
-    for n in range(1, width):
-        tried = (draft.parents[:, n] == node) & (n < draft.num_nodes)
-        token = draft.tokens[:, n]
-        if draft.probs is None:
-            law = torch.zeros_like(remaining).scatter_(1, token[:, None], 1.0)
-        else:
-            law = draft.probs[rows, node]
-        accepted = tried & (uniforms[:, n - 1] * law[rows, token] < remaining[rows, token])
-        expected[:, n] = torch.where(tried, torch.minimum(law, remaining).sum(-1), 0.0)
-        num_tried += tried
-        residual = (remaining - law).clamp_min(0)
-        total = residual.sum(-1, keepdim=True)
-        residual = torch.where(total > 0, residual / total, remaining)
-        remaining = torch.where((tried & ~accepted)[:, None], residual, remaining)
-        remaining = torch.where(accepted[:, None], target_probs[:, n], remaining)
-        node = torch.where(accepted, n, node)
-        depth += accepted
-        path[rows, depth] = node
-    next_token = draw(remaining, uniforms[rows, draft.num_nodes - 1])
-    return Acceptance(path, depth, next_token, num_tried, expected)
+    return descend(draft, target_probs, uniforms, one_by_one)

@@ -84,11 +84,13 @@ class Growth:
         laws: [B, R, V] what the children of each node read were drawn from, or None where they
             were chosen with certainty.
         is_chain: no node has more than one child.
+        without_replacement: siblings were drawn so.
     """
 
     levels: Sequence[Level]
     laws: Tensor | None = None
     is_chain: bool = False
+    without_replacement: bool = False
 
 
 class TreeShape(Protocol):
@@ -142,4 +144,5 @@ def harvest(roots: Tensor, growth: Growth) -> tuple[Draft, Tensor]:
     node_at.scatter_(1, torch.where(places >= 0, places, num_places), nodes)
     above = node_at.gather(1, torch.where(is_node, parents.gather(1, order), 0))
     above[:, 0] = -1
-    return Draft(tokens, above, num_nodes, probs), places
+    drawn_so = growth.without_replacement
+    return Draft(tokens, above, num_nodes, probs, without_replacement=drawn_so), places

@@ -5,7 +5,7 @@ vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,8 +71,8 @@ class IndependentChildren(PlannedTree):
 class DistinctChildren(PlannedTree):
     """Children are drawn without replacement: from what the law leaves without those before them.
 
-    MCSD (Yang et al. 2024) and Sequoia (Chen et al. 2024). It takes a rule for children drawn so:
-    `SpeculativeSampling` is not lossless on them. `Draft.probs` holds the law of the first child.
+    MCSD (Yang et al. 2024) and Sequoia (Chen et al. 2024). The rule for children drawn so is
+    `RecursiveRejection`. `Draft.probs` holds the law of the first child.
     Where a law has no tokens left a node has fewer children than planned. Greedy sequences get the
     likeliest children.
     """
@@ -85,7 +85,8 @@ class DistinctChildren(PlannedTree):
 
     def grow(self, tree: GrowingTree, depths: list[int], sampling: SamplingBatch) -> Growth:
         """Grow `tree` from its root, no deeper than `depths`."""
-        return _grow_drawn(self.plan, tree, depths, sampling, distinct)
+        growth = _grow_drawn(self.plan, tree, depths, sampling, distinct)
+        return replace(growth, without_replacement=growth.laws is not None)
 
 
 class _Layer(NamedTuple):

@@ -1,0 +1,51 @@
+"""Rules that call each token acceptable or not: the longest acceptable path is kept."""
+
+import torch
+from torch import Tensor
+
+from decode.draft import Draft
+from decode.protocols import Acceptance
+
+
+def longest_path(
+    draft: Draft, acceptable: Tensor, scores: Tensor, next_tokens: Tensor, *, min_accepted: int = 0
+) -> Acceptance:
+    """Keep the longest path on which every token is acceptable; of several, the likeliest.
+
+    Args:
+        draft: any trees of N nodes.
+        acceptable: [B, N, V] bool, by what the target says behind node n, of each token.
+        scores: [B, N, V] probabilities, of which the product on a path says how likely it is.
+        next_tokens: [B, N] what follows where the path ends at node n.
+        min_accepted: how many levels of a draft are accepted whatever they hold.
+    """
+    width = draft.tokens.shape[1]
+    rows = torch.arange(len(draft.tokens), device=draft.tokens.device)[:, None]
+    parents = draft.parents.clamp(min=0)
+    is_good = acceptable[rows, parents, draft.tokens].tolist()
+    score = scores[rows, parents, draft.tokens].log().tolist()
+    tokens_after, above = next_tokens.tolist(), draft.parents.tolist()
+    outcomes = []
+    for row, num_nodes in enumerate(draft.num_nodes.tolist()):
+        depth = {0: 0}  # of the nodes whose whole path is acceptable
+        value = {0: 0.0}
+        num_tried = 0
+        for node in range(1, num_nodes):
+            parent = above[row][node]
+            if parent not in depth:
+                continue
+            num_tried += 1
+            if is_good[row][node] or depth[parent] < min_accepted:
+                depth[node] = depth[parent] + 1
+                value[node] = value[parent] + score[row][node]
+        best = max(depth, key=lambda node: (depth[node], value[node]))
+        path = []
+        node = best
+        while node >= 0:
+            path.append(node)
+            node = above[row][node]
+        count = len(path) - 1
+        padding = [-1] * (width - len(path))
+        outcomes.append([count, tokens_after[row][best], num_tried, *reversed(path), *padding])
+    columns = torch.tensor(outcomes, device=draft.tokens.device)
+    return Acceptance(columns[:, 3:], columns[:, 0], columns[:, 1], columns[:, 2])

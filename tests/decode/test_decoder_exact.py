@@ -1,0 +1,141 @@
+"""Losslessness end to end: a real model, its cache and masks, a drafter, the loop with its slots.
+
+Joint output counts against exact enumeration by plain forwards. The first of four tokens comes with
+the prompt, the others from a draft of two and a token of the target's. The rules themselves are in
+test_losslessness.py.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from decode import (
+    Context,
+    Draft,
+    Drafter,
+    Request,
+    SamplingParams,
+    SpeculativeDecoder,
+    Target,
+)
+from decode.drafters import LMDrafter
+from decode.sampling import warp
+
+V, EOS, LENGTH = 5, 4, 4
+PASSES, FAILS = 1e-3, 1e-9
+DRAFTER = 1.5 * torch.randn(V, V, generator=torch.Generator().manual_seed(1))
+TINY = {
+    "vocab_size": V,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 8,
+    "initializer_range": 0.35,
+    "eos_token_id": EOS,
+}
+
+
+def enumerated(model, params: SamplingParams, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    """Every output of up to four tokens, EOS ending it early, by plain forwards."""
+    law, growing = {}, {(): 1.0}
+    for _ in range(LENGTH):
+        texts = torch.tensor([[*prompt, *output] for output in growing])
+        with torch.no_grad():
+            probs = warp(model(texts).logits[:, -1], params).double()
+        longer = {
+            (*output, token): chance * float(probs[row, token])
+            for row, (output, chance) in enumerate(growing.items())
+            for token in range(V)
+            if probs[row, token] > 0
+        }
+        is_over = {output: output[-1] == EOS or len(output) == LENGTH for output in longer}
+        law |= {output: chance for output, chance in longer.items() if is_over[output]}
+        growing = {output: chance for output, chance in longer.items() if not is_over[output]}
+    return law
+
+
+def tree(root: int, depth: int, probs: Tensor, generator: torch.Generator) -> Draft:
+    """Two independent children per node, `depth` levels."""
+    tokens, parents, level = [root], [-1], [0]
+    for _ in range(depth):
+        below = []
+        for node in level:
+            for token in torch.multinomial(probs[tokens[node]], 2, True, generator=generator):
+                below.append(len(tokens))
+                tokens.append(int(token))
+                parents.append(node)
+        level = below
+    laws = probs[torch.tensor([tokens])]
+    size = torch.tensor([len(tokens)])
+    return Draft(torch.tensor([tokens]), torch.tensor([parents]), size, laws)
+
+
+class TreeDrafter(Drafter):
+    """Trees of 2 x 2 independent children from a table, each sequence with its own generator."""
+
+    hidden_layers = ()
+
+    def propose(self, context: Context) -> Draft:
+        drafts = []
+        probs = warp(DRAFTER, context.sampling.params[0])
+        for root, room, generator in zip(
+            context.roots[:, 0], context.room.tolist(), context.sampling.generators, strict=True
+        ):
+            drafts.append(tree(int(root), min(2, room), probs, generator))
+        width = max(draft.tokens.shape[1] for draft in drafts)
+        tokens = torch.zeros(len(drafts), width, dtype=torch.long)
+        parents = torch.arange(-1, width - 1).repeat(len(drafts), 1)
+        for row, draft in enumerate(drafts):
+            size = draft.tokens.shape[1]
+            tokens[row, :size], parents[row, :size] = draft.tokens[0], draft.parents[0]
+        num_nodes = torch.tensor([draft.tokens.shape[1] for draft in drafts])
+        return Draft(tokens, parents, num_nodes, probs[tokens])
+
+
+def decoded(
+    model, drafter_of, params: SamplingParams, prompt: list[int], count: int
+) -> Counter[tuple[int, ...]]:
+    target = Target(model, max_batch_size=512)
+    decoder = SpeculativeDecoder(target, drafter_of(target))
+    requests = (
+        Request(id=str(index), prompt=prompt, sampling=params, seed=11) for index in range(count)
+    )
+    return Counter(tuple(result.tokens) for result in decoder.stream(requests))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "prompt", "count"),
+    [
+        (1.0, 0, 1.0, [1], 100_000),
+        (0.7, 0, 1.0, [1, 3], 8_000),
+        (1.4, 3, 1.0, [2, 0, 3], 8_000),
+        (1.0, 0, 0.8, [1, 3], 8_000),
+    ],
+)
+def test_the_decoder_is_lossless_on_chains(
+    g_test, tiny, perturbed, temperature, top_k, top_p, prompt, count
+):
+    model = tiny("llama", **TINY)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=LENGTH
+    )
+
+    def drafter(target: Target) -> Drafter:
+        return LMDrafter(perturbed(model, 0.5), target=target, draft_length=2)
+
+    counts = decoded(model, drafter, params, prompt, count)
+    assert g_test(counts, enumerated(model, params, prompt)) > PASSES
+    # These are not the counts of a slightly warmer target: the test can tell.
+    warmer = SamplingParams(temperature=1.3 * temperature)
+    assert g_test(counts, enumerated(model, warmer, prompt)) < FAILS
+
+
+def test_the_decoder_is_lossless_on_trees(g_test, tiny):
+    model = tiny("llama", **(TINY | {"max_position_embeddings": 32}))
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+    counts = decoded(model, lambda _: TreeDrafter(), params, [1, 3], 20_000)
+    assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
