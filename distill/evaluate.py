@@ -29,7 +29,7 @@ from decode import (
     lay_out_for_decoding,
 )
 from decode.acceptance import SpeculativeSampling
-from decode.drafters import NoDrafter, load_drafter
+from decode.drafters import Drafting, NoDrafter, load_drafter
 from distill.config import command
 from distill.drafter_folder import check_target, find_drafter, read_description
 from distill.errors import UserError
@@ -66,6 +66,7 @@ class Evaluate:
         sampling: how.
         acceptance: the rule.
         draft_length: tokens per draft.
+        draft: how to draft otherwise; None makes chains of `draft_length` tokens.
         batch_size: prompts decoded together; these then are one unit of the statistics.
         repeats: timings of each unit.
         compare_transformers: time transformers' own `generate` too (batches of one only).
@@ -84,6 +85,7 @@ class Evaluate:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     acceptance: AcceptanceRule = field(default_factory=SpeculativeSampling)
     draft_length: int = 5
+    draft: Drafting | None = None
     batch_size: int = 1
     repeats: int = 1
     compare_transformers: bool = True
@@ -182,7 +184,10 @@ class Evaluate:
             check_target(read_description(path), path, target)
             try:
                 drafter = load_drafter(
-                    path, target=wrapped, draft_length=self.draft_length, tokenizer=target.tokenizer
+                    path,
+                    target=wrapped,
+                    draft=self.draft or self.draft_length,
+                    tokenizer=target.tokenizer,
                 )
             except ValueError as error:
                 raise UserError(str(error), hint=f"check drafters.{name}") from error
@@ -322,7 +327,7 @@ class Evaluate:
             "prompts": f"{len(prompts)}, {self.prompts}",
             "sampling": self.sampling,
             "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
-            "draft length": self.draft_length,
+            "drafts": self.draft or f"chains of {self.draft_length}",
             "batch size": self.batch_size,
             "timings of each": self.repeats,
             "order": "interleaved by prompt, rotated; one prompt to warm up is not counted",
@@ -349,7 +354,7 @@ class Evaluate:
             page(
                 title=self.title,
                 lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
-                f"draft length {self.draft_length}; {exactness}{doubt}",
+                f"{self.draft or f'draft length {self.draft_length}'}; {exactness}{doubt}",
                 drafters=drafters,
                 exactness=exactness,
                 plots=plots,

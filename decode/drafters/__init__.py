@@ -1,5 +1,15 @@
 """Drafters, one way of drafting per file."""
 
+from decode.drafters.drafting import (
+    Chains,
+    ConfidentChains,
+    CostAwareChains,
+    Drafting,
+    DynamicTrees,
+    ExpansionTrees,
+    HeuristicChains,
+    PlannedTrees,
+)
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
@@ -8,12 +18,20 @@ from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 
 __all__ = [
+    "Chains",
+    "ConfidentChains",
+    "CostAwareChains",
     "DistinctChildren",
+    "Drafting",
+    "DynamicTrees",
+    "ExpansionTrees",
+    "HeuristicChains",
     "IndependentChildren",
     "LMDrafter",
     "LMTreeDrafter",
     "LikeliestChildren",
     "LikeliestPaths",
     "NoDrafter",
+    "PlannedTrees",
     "load_drafter",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from decode.draft import Draft
+from decode.draft_length import Constant, DraftLength
 from decode.drafters.reading import Reader
 from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import argmax, draw
@@ -22,8 +23,10 @@ class LMDrafter(Drafter):
 
     hidden_layers: tuple[int, ...] = ()
 
-    def __init__(self, model: PreTrainedModel, *, target: Target, draft_length: int = 5):
-        """Draft up to `draft_length` tokens a step for `target`.
+    def __init__(
+        self, model: PreTrainedModel, *, target: Target, draft_length: int | DraftLength = 5
+    ):
+        """Draft up to `draft_length` tokens a step for `target`, or as many as it decides.
 
         A vocabulary padded to another size than the target's is fine: ids that the target does not
         have are never drafted. Sequences longer than the drafter's own context are decoded without
@@ -32,20 +35,21 @@ class LMDrafter(Drafter):
         Raises:
             ValueError: the model cannot draft with this runtime, or is on another device.
         """
-        if draft_length < 1:
-            raise ValueError(f"draft_length must be >= 1, got {draft_length}; or use NoDrafter")
+        self.length = Constant(draft_length) if isinstance(draft_length, int) else draft_length
         self.reader = Reader(model, target=target)
-        self.draft_length = draft_length
+        # slot -> how sure of each token of the last draft, where that is looked at
+        self._confidences: dict[int, list[float]] = {}
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """Read the prompt but for its last token, which the first draft begins with."""
+        self.length.begin(slot)
         self.reader.begin(slot, prompt)
 
     def propose(self, context: Context) -> Draft:
-        """Chains of up to `draft_length` tokens, shorter where `context.room` is."""
+        """Chains as long as `draft_length` says, shorter where `context.room` is."""
         reader = self.reader
         slots = context.slots.tolist()
-        counts = reader.depths(context, self.draft_length)
+        counts = reader.depths(context, self.length.choose(slots))
         roots = context.roots.to(reader.device)
         longest = max(counts)
         if longest == 0:
@@ -58,7 +62,14 @@ class LMDrafter(Drafter):
         tokens, laws = [roots], []
         are_even = min(counts) == longest
         one_each = [1] * len(slots)
+        threshold = self.length.min_confidence
+        self._confidences = {slot: [] for slot in slots} if threshold > 0 else {}
         for step in range(longest):
+            if threshold > 0:
+                self._stop_where_unsure(logits, slots, counts, step)
+                are_even, longest = min(counts) == max(counts), max(counts)
+                if step >= longest:
+                    break
             if is_greedy:
                 token = argmax(logits)
             else:
@@ -69,7 +80,9 @@ class LMDrafter(Drafter):
                 read = one_each if are_even else [int(step + 1 < count) for count in counts]
                 logits = reader.read(slots, token, commit=read)
         # Row n is the law of node n's children; the last node has none.
-        probs = None if is_greedy else torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
+        probs = None
+        if laws:
+            probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
         num_nodes = None  # all are as deep as the deepest
         if not are_even:
             num_nodes = torch.tensor(counts, device=reader.device) + 1
@@ -79,8 +92,27 @@ class LMDrafter(Drafter):
         """Forget what was rejected: committed tokens and the accepted path stay."""
         lengths, accepted = context.lengths.tolist(), acceptance.num_accepted.tolist()
         kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
-        self.reader.cache.truncate(context.slots.tolist(), kept)
+        slots = context.slots.tolist()
+        self.reader.cache.truncate(slots, kept)
+        drafted = [count - 1 for count in draft.num_nodes.tolist()]
+        confidences = [self._confidences.get(slot, []) for slot in slots]
+        self.length.observe(slots, drafted, accepted, confidences)
 
     def end(self, slot: int) -> None:
         """Give the slot back."""
         self.reader.cache.release(slot)
+
+    def _stop_where_unsure(
+        self, logits: Tensor, slots: list[int], counts: list[int], step: int
+    ) -> None:
+        """Cut the counts to `step` where the law of the next token has no likely one.
+
+        That is the drafter's law at temperature 1, whatever the sequences ask for: what is looked
+        at must not be the token drawn.
+        """
+        confidences = logits[:, 0].float().softmax(-1).amax(-1).tolist()
+        for row, (slot, confidence) in enumerate(zip(slots, confidences, strict=True)):
+            if step < counts[row] and confidence < self.length.min_confidence:
+                counts[row] = step
+            elif step < counts[row]:
+                self._confidences[slot].append(confidence)

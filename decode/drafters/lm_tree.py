@@ -48,7 +48,7 @@ class LMTreeDrafter(Drafter):
         """Trees of this shape, cut off where `context.room` ends."""
         slots = context.slots.tolist()
         roots = context.roots.to(self.reader.device)
-        depths = self.reader.depths(context, self.shape.depth)
+        depths = self.reader.depths(context, [self.shape.depth] * len(slots))
         self._places = {slot: places for slot, places in self._places.items() if slot not in slots}
         if max(depths) == 0:
             return Draft.chain(roots)

@@ -10,7 +10,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from decode.drafters.lm import LMDrafter
+from decode.drafters.drafting import Chains, Drafting
 from decode.protocols import Drafter
 from decode.target import Target
 from decode.tokenizers import check_tokenizers
@@ -20,7 +20,7 @@ def load_drafter(
     folder: str | Path,
     *,
     target: Target,
-    draft_length: int,
+    draft: int | Drafting,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Drafter:
     """The drafter stored in `folder`, by the family that its `draftsmith.json` names.
@@ -30,7 +30,7 @@ def load_drafter(
     Args:
         folder: what `draftsmith train` or `draftsmith export` wrote, or any causal LM.
         target: what it drafts for; the drafter takes its dtype and device.
-        draft_length: tokens per draft.
+        draft: tokens per draft, or how to draft.
         tokenizer: the target's; the drafter's own must agree with it.
 
     Raises:
@@ -48,11 +48,12 @@ def load_drafter(
         raise ValueError(
             f"{card} names the family {family!r}; this version knows {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[family](str(folder), target, draft_length, tokenizer)
+    drafting = Chains(length=draft) if isinstance(draft, int) else draft
+    return FAMILIES[family](str(folder), target, drafting, tokenizer)
 
 
 def _load_lm(
-    folder: str, target: Target, draft_length: int, tokenizer: PreTrainedTokenizerBase | None
+    folder: str, target: Target, drafting: Drafting, tokenizer: PreTrainedTokenizerBase | None
 ) -> Drafter:
     try:
         if tokenizer is not None:
@@ -61,9 +62,8 @@ def _load_lm(
     except Exception as error:
         # transformers and safetensors raise many kinds here; the folder is what the user can mend.
         raise ValueError(f"cannot load a drafter from {folder}: {error}") from error
-    return LMDrafter(model.to(target.device), target=target, draft_length=draft_length)
+    return drafting.build(model.to(target.device), target)
 
 
-FAMILIES: dict[str, Callable[[str, Target, int, PreTrainedTokenizerBase | None], Drafter]] = {
-    "lm": _load_lm
-}
+Loader = Callable[[str, Target, Drafting, PreTrainedTokenizerBase | None], Drafter]
+FAMILIES: dict[str, Loader] = {"lm": _load_lm}

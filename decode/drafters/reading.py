@@ -1,5 +1,7 @@
 """What language models that draft have in common: a cache of their own, the target's vocabulary."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,15 +46,17 @@ class Reader:
             tokens = self._readable(prompt[None, :-1].to(self.device))
             self.cached.forward([slot], tokens, keep=[], commit=[len(prompt) - 1])
 
-    def depths(self, context: Context, deepest: int) -> list[int]:
-        """How deep the draft of each sequence may be, `deepest` at most.
+    def depths(self, context: Context, wanted: Sequence[int]) -> list[int]:
+        """How deep the draft of each sequence may be, where it is `wanted` so deep.
 
         The model reads one token less than it drafts; its own context may be the shorter one.
         """
         longest = self.cached.max_length + 1
         return [
-            max(0, min(deepest, room, longest - length))
-            for room, length in zip(context.room.tolist(), context.lengths.tolist(), strict=True)
+            max(0, min(depth, room, longest - length))
+            for depth, room, length in zip(
+                wanted, context.room.tolist(), context.lengths.tolist(), strict=True
+            )
         ]
 
     def catch_up(

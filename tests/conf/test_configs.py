@@ -23,6 +23,7 @@ GIVEN = {
     "target/hf": "target.path=somewhere",
     "prompts/dataset": "prompts.path=prompts.jsonl",
     "drafter/lm_from_checkpoint": "drafter.path=somewhere",
+    "draft/planned": "draft.parents=[0,0,1] draft.ranks=[0,1,0]",
 }
 
 
@@ -51,7 +52,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
 @pytest.mark.parametrize("path", GROUPS, ids=path_id)
 def test_an_option_composes_and_builds_its_class(path: Path) -> None:
     option = path_id(path)
-    given = [GIVEN[option]] if option in GIVEN else []
+    given = GIVEN.get(option, "").split()
     node = composed("empty", f"+{option.replace('/', '=')}", *given)[path.parent.name]
     built = config.build(node)
     assert f"{type(built).__module__}.{type(built).__qualname__}" == node._target_

@@ -20,6 +20,7 @@ from decode import (
     SpeculativeDecoder,
     Target,
 )
+from decode.draft_length import Confidence, Heuristic
 from decode.drafters import LMDrafter
 from decode.sampling import warp
 
@@ -138,4 +139,19 @@ def test_the_decoder_is_lossless_on_trees(g_test, tiny):
     model = tiny("llama", **(TINY | {"max_position_embeddings": 32}))
     params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
     counts = decoded(model, lambda _: TreeDrafter(), params, [1, 3], 20_000)
+    assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
+
+
+@pytest.mark.parametrize(
+    "length", [Confidence(longest=2, min_acceptance=0.7), Heuristic(longest=2, first=1)], ids=str
+)
+def test_the_decoder_is_lossless_where_drafts_differ_in_length(g_test, tiny, perturbed, length):
+    """The length hangs on laws and on the past, never on the token drawn."""
+    model = tiny("llama", **TINY)
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+
+    def drafter(target: Target) -> Drafter:
+        return LMDrafter(perturbed(model, 0.5), target=target, draft_length=length)
+
+    counts = decoded(model, drafter, params, [1, 3], 20_000)
     assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES

@@ -428,7 +428,7 @@ def test_a_folder_becomes_its_drafter(folder, tiny, tokenizer, lm, prompt, card)
     if card:
         (folder / "draftsmith.json").write_text(json.dumps(card))
     target = Target(tiny("llama"), max_batch_size=4)
-    loaded = load_drafter(folder, target=target, draft_length=DRAFT_LENGTH, tokenizer=tokenizer)
+    loaded = load_drafter(folder, target=target, draft=DRAFT_LENGTH, tokenizer=tokenizer)
     texts = [prompt(9), prompt(3)]
     begin(loaded, texts)
     begin(lm, texts)
@@ -442,7 +442,7 @@ def test_another_tokenizer_is_refused_by_name(folder, tiny, tokenizer):
     (folder / "tokenizer.json").write_text(json.dumps(theirs))
     target = Target(tiny("llama"))
     with pytest.raises(ValueError, match=r"2 tokens differ, for example 'da'") as error:
-        load_drafter(folder, target=target, draft_length=4, tokenizer=tokenizer)
+        load_drafter(folder, target=target, draft=4, tokenizer=tokenizer)
     assert str(folder) in str(error.value)
 
 
@@ -458,17 +458,17 @@ def test_another_tokenizer_is_refused_by_name(folder, tiny, tokenizer):
 def test_a_card_that_says_nothing_is_refused(folder, tiny, card, message):
     (folder / "draftsmith.json").write_text(card)
     with pytest.raises(ValueError, match=message) as error:
-        load_drafter(folder, target=Target(tiny("llama")), draft_length=4)
+        load_drafter(folder, target=Target(tiny("llama")), draft=4)
     assert str(folder) in str(error.value)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, tiny):
     with pytest.raises(ValueError, match=f"cannot load a drafter from {tmp_path}"):
-        load_drafter(tmp_path, target=Target(tiny("llama")), draft_length=4)
+        load_drafter(tmp_path, target=Target(tiny("llama")), draft=4)
 
 
 def test_a_half_written_model_is_refused(folder, tiny):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"cannot load a drafter from {folder}"):
-        load_drafter(folder, target=Target(tiny("llama")), draft_length=4)
+        load_drafter(folder, target=Target(tiny("llama")), draft=4)

@@ -117,7 +117,7 @@ def test_a_run_leaves_a_drafter_that_the_decoder_loads(train, target, capsys):
     assert description["measured"]["tau"] == max(taus.values()) == taus[description["best_step"]]
     model = AutoModelForCausalLM.from_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    load_drafter(folder, target=Target(model), draft_length=2, tokenizer=tokenizer)
+    load_drafter(folder, target=Target(model), draft=2, tokenizer=tokenizer)
 
     before = (folder / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()

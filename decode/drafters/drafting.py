@@ -1,0 +1,178 @@
+"""How a language model drafts, as settings: each builds the drafter of one checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from decode.cost import measure_costs
+from decode.draft_length import Confidence, Constant, CostAware, Heuristic
+from decode.drafters.growing import TreeShape
+from decode.drafters.likeliest_paths import LikeliestPaths
+from decode.drafters.lm import LMDrafter
+from decode.drafters.lm_tree import LMTreeDrafter
+from decode.drafters.planned_trees import (
+    DistinctChildren,
+    IndependentChildren,
+    LikeliestChildren,
+)
+from decode.planner import TreePlan
+from decode.protocols import Drafter
+from decode.target import Target
+
+
+class Drafting(Protocol):
+    """How to draft with a model; one of the classes below."""
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """A drafter for `target`; what it learns is its own."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chains:
+    """Chains of one length.
+
+    Attributes:
+        length: tokens per draft.
+        min_confidence: where the drafter gives its likeliest token less than this, it stops (BiLD's
+            fallback, Kim et al. 2023).
+    """
+
+    length: int = 5
+    min_confidence: float = 0.0
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        length = Constant(self.length, self.min_confidence)
+        return LMDrafter(model, target=target, draft_length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeuristicChains:
+    """Two tokens more after a wholly accepted draft, one less after another (transformers).
+
+    Attributes:
+        first: tokens of a sequence's first draft.
+        longest: tokens at most.
+    """
+
+    first: int = 5
+    longest: int = 20
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        length = Heuristic(longest=self.longest, first=self.first)
+        return LMDrafter(model, target=target, draft_length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidentChains:
+    """Chains up to where the drafter is too unsure, by a threshold learnt while decoding.
+
+    Attributes:
+        longest: tokens at most.
+        min_acceptance: the least chance of acceptance that is worth a token.
+    """
+
+    longest: int = 12
+    min_acceptance: float = 0.4
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        length = Confidence(longest=self.longest, min_acceptance=self.min_acceptance)
+        return LMDrafter(model, target=target, draft_length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostAwareChains:
+    """The length that gives most tokens a second, by costs measured at the start.
+
+    Sampled outputs then follow the target's distribution as ever, but their draws depend on the
+    lengths, and these on timings: two runs may differ.
+
+    Attributes:
+        longest: tokens at most.
+    """
+
+    longest: int = 8
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter; the forwards of both models are timed first."""
+        drafter = LMDrafter(model, target=target, draft_length=self.longest)
+        costs = measure_costs(target.cached, drafter.reader.cached, self.longest)
+        drafter.length = CostAware(costs)
+        return drafter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpansionTrees:
+    """Every node of depth i has counts[i] children: SpecInfer (Miao et al. 2023).
+
+    Attributes:
+        counts: children per node, level by level.
+        children: "likeliest", "independent" (drawn; for `SpeculativeSampling` and `KSequence`) or
+            "distinct" (drawn without replacement; for `RecursiveRejection`).
+    """
+
+    counts: tuple[int, ...] = (2, 2, 1)
+    children: str = "likeliest"
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        shape = _children(self.children)(TreePlan.expansion(self.counts))
+        return LMTreeDrafter(model, target=target, shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTrees:
+    """Trees of a shape that `decode.planner` found.
+
+    Attributes:
+        parents: of each drafted token, the root being 0.
+        ranks: which of its parent's children each is.
+        children: as for `ExpansionTrees`.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+    children: str = "likeliest"
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        shape = _children(self.children)(TreePlan(self.parents, self.ranks))
+        return LMTreeDrafter(model, target=target, shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicTrees:
+    """Trees that grow where the drafter is sure: EAGLE-2 (Li et al. 2024).
+
+    Attributes:
+        width: nodes expanded per level, and children looked at for each.
+        depth: of the deepest node.
+        size: drafted nodes kept.
+    """
+
+    width: int = 4
+    depth: int = 4
+    size: int = 12
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        shape = LikeliestPaths(width=self.width, depth=self.depth, size=self.size)
+        return LMTreeDrafter(model, target=target, shape=shape)
+
+
+CHILDREN: dict[str, Callable[[TreePlan], TreeShape]] = {
+    "likeliest": LikeliestChildren,
+    "independent": IndependentChildren,
+    "distinct": DistinctChildren,
+}
+
+
+def _children(name: str) -> Callable[[TreePlan], TreeShape]:
+    if name not in CHILDREN:
+        raise ValueError(f"children must be one of {', '.join(CHILDREN)}, got {name!r}")
+    return CHILDREN[name]
