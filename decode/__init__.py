@@ -1,6 +1,7 @@
 """The speculative decoding runtime: any transformers causal LM, any drafter, exact by test."""
 
 from decode.cached_model import CachedModel, ModelOutput
+from decode.certificate import Certificate, Mismatch, certify, compare
 from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
 from decode.draft import Draft
 from decode.layout import lay_out_for_decoding
@@ -15,12 +16,14 @@ __all__ = [
     "Acceptance",
     "AcceptanceRule",
     "CachedModel",
+    "Certificate",
     "Context",
     "Draft",
     "Drafter",
     "Exactness",
     "GenerationResult",
     "GenerationStats",
+    "Mismatch",
     "ModelOutput",
     "Request",
     "SamplingBatch",
@@ -30,7 +33,9 @@ __all__ = [
     "Target",
     "TopLogprobs",
     "TreePlan",
+    "certify",
     "check_tokenizers",
+    "compare",
     "expected_accepted",
     "lay_out_for_decoding",
     "plan_best_first",

@@ -256,14 +256,18 @@ class SpeculativeDecoder:
     ) -> None:
         """Count the step, and keep log-probabilities where they are wanted."""
         drafted = [count - 1 for count in draft.num_nodes.tolist()]
-        depths = drafted if draft.is_chain else (draft.depths() * draft.valid).amax(1).tolist()
         tried = acceptance.num_tried.tolist()
         accepted = acceptance.num_accepted.tolist()
         expected = acceptance.expected_accepted
+        if draft.is_chain:
+            at_leaf = [count == length for count, length in zip(accepted, drafted, strict=True)]
+        else:
+            leaves = acceptance.path.gather(1, acceptance.num_accepted[:, None])
+            at_leaf = (~((draft.parents == leaves) & draft.valid).any(1)).tolist()
         for row, sequence in enumerate(sequences):
             new = emitted[row][0]
             sequence.steps.append(
-                StepTrace(drafted[row], depths[row], tried[row], accepted[row], len(new))
+                StepTrace(drafted[row], at_leaf[row], tried[row], accepted[row], len(new))
             )
             if expected is not None:
                 is_cut = len(new) <= accepted[row]

@@ -14,14 +14,15 @@ class StepTrace:
 
     Attributes:
         num_drafted: tokens in the draft.
-        depth: how deep the draft reached below the root; of a chain, its length.
+        reached_leaf: nothing was drafted behind the accepted path, so that the target's own token
+            is a bonus and no recovery.
         num_tried: draft tokens that were tried; those behind a rejection were not.
         num_accepted: draft tokens that were accepted.
         num_emitted: tokens added to the output.
     """
 
     num_drafted: int
-    depth: int
+    reached_leaf: bool
     num_tried: int
     num_accepted: int
     num_emitted: int
@@ -110,8 +111,8 @@ class GenerationStats:
             stats.num_draft_tokens += step.num_drafted
             stats.num_tried_tokens += step.num_tried
             stats.num_accepted_tokens += step.num_accepted
-            is_cut = step.num_emitted <= step.num_accepted  # nothing was refused
-            levels = step.num_accepted if is_cut else min(step.num_accepted + 1, step.depth)
+            is_cut = step.num_emitted <= step.num_accepted
+            levels = step.num_accepted + (not is_cut and not step.reached_leaf)  # one was refused
             _count_up_to(stats.num_tried_per_pos, levels)
             _count_up_to(stats.num_accepted_tokens_per_pos, step.num_accepted)
         return stats

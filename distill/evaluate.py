@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from decode import (
     AcceptanceRule,
+    Certificate,
     Drafter,
     Exactness,
     GenerationResult,
@@ -26,6 +27,8 @@ from decode import (
     SamplingParams,
     SpeculativeDecoder,
     Target,
+    certify,
+    compare,
     lay_out_for_decoding,
 )
 from decode.acceptance import SpeculativeSampling
@@ -50,8 +53,6 @@ from distill.report.tables import as_csv, as_json, markdown, step_times, termina
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
 from distill.target import LoadedTarget, TargetSettings
 
-NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
 Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
 
 
@@ -69,6 +70,8 @@ class Evaluate:
         draft: how to draft otherwise; None makes chains of `draft_length` tokens.
         batch_size: prompts decoded together; these then are one unit of the statistics.
         repeats: timings of each unit.
+        certify: compare greedy outputs with transformers' own `generate` before measuring, and keep
+            every difference, with the margin there, in certificate.json.
         compare_transformers: time transformers' own `generate` too (batches of one only).
         num_resamples: of the bootstrap.
         num_threads: CPU threads; None leaves torch's choice.
@@ -88,6 +91,7 @@ class Evaluate:
     draft: Drafting | None = None
     batch_size: int = 1
     repeats: int = 1
+    certify: bool = False
     compare_transformers: bool = True
     num_resamples: int = 2000
     num_threads: int | None = None
@@ -121,7 +125,11 @@ class Evaluate:
         target = self.target.load()
         lay_out_for_decoding(target.model)
         prompts = self._load_prompts(target)
-        modes = self._modes(target, folders, prompts)
+        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
+        wrapped = Target(target.model, max_batch_size=self.batch_size, max_length=longest)
+        loaded = self._load_drafters(target, wrapped, folders)
+        certificates = self._certify(wrapped, loaded, prompts) if self.certify else {}
+        modes = self._modes(target, wrapped, loaded)
         measurements = self._measure(modes, prompts)
         ties = self._compare(target, measurements, prompts)
         drafters = figures(
@@ -132,10 +140,10 @@ class Evaluate:
             num_resamples=self.num_resamples,
             seed=self.seed,
         )
-        self._write(target, drafters, measurements, prompts, settings)
+        self._write(target, drafters, measurements, prompts, settings, certificates)
         folder.finish({"report": report.name, "prompts": len(prompts)})
         print(terminal(drafters, self._exactness()))
-        print("\n".join(verdicts(drafters)))
+        print("\n".join(verdicts(drafters, self._exactness())))
         if len(prompts) <= (FEW - 1) * self.batch_size:
             print("These are few prompts: the intervals are too narrow; give more.")
         print(f"report: {report}")
@@ -172,18 +180,14 @@ class Evaluate:
             return Exactness.GREEDY.value
         return self.acceptance.exactness.value
 
-    def _modes(
-        self, target: LoadedTarget, folders: Mapping[str, str], prompts: Sequence[Prompt]
-    ) -> dict[str, Mode]:
-        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
-        wrapped = Target(target.model, max_batch_size=self.batch_size, max_length=longest)
-        modes: dict[str, Mode] = {AUTOREGRESSIVE: self._ours(target, wrapped, NoDrafter())}
-        if self._why_not_theirs() is None:
-            modes[TRANSFORMERS] = self._theirs(target)
+    def _load_drafters(
+        self, target: LoadedTarget, wrapped: Target, folders: Mapping[str, str]
+    ) -> dict[str, Drafter]:
+        drafters = {}
         for name, path in folders.items():
             check_target(read_description(path), path, target)
             try:
-                drafter = load_drafter(
+                drafters[name] = load_drafter(
                     path,
                     target=wrapped,
                     draft=self.draft or self.draft_length,
@@ -191,6 +195,36 @@ class Evaluate:
                 )
             except ValueError as error:
                 raise UserError(str(error), hint=f"check drafters.{name}") from error
+        return drafters
+
+    def _certify(
+        self, wrapped: Target, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt]
+    ) -> dict[str, Certificate]:
+        """Greedy identity of every drafter, by transformers' own `generate`; also on disk."""
+        certificates = {}
+        with Progress(len(drafters), unit="drafters", label="certify") as progress:
+            for name, drafter in drafters.items():
+                certificates[name] = certify(
+                    wrapped,
+                    drafter,
+                    [prompt.ids for prompt in prompts],
+                    max_new_tokens=self.sampling.max_new_tokens,
+                    ignore_eos=self.sampling.ignore_eos,
+                )
+                progress.advance(1)
+        for name, certificate in certificates.items():
+            print(f"{name}: {certificate}")
+        contents = {name: asdict(certificate) for name, certificate in certificates.items()}
+        write_json(self.output / "certificate.json", contents)
+        return certificates
+
+    def _modes(
+        self, target: LoadedTarget, wrapped: Target, drafters: Mapping[str, Drafter]
+    ) -> dict[str, Mode]:
+        modes: dict[str, Mode] = {AUTOREGRESSIVE: self._ours(target, wrapped, NoDrafter())}
+        if self._why_not_theirs() is None:
+            modes[TRANSFORMERS] = self._theirs(target)
+        for name, drafter in drafters.items():
             modes[name] = self._ours(target, wrapped, drafter)
         return modes
 
@@ -282,7 +316,8 @@ class Evaluate:
         self, target: LoadedTarget, measurements: Sequence[Measurement], prompts: Sequence[Prompt]
     ) -> dict[str, tuple[int, int]]:
         """Greedy outputs against the autoregressive ones: mismatches, and near ties among them."""
-        by_id = {prompt.id: prompt for prompt in prompts}
+        if self.sampling.temperature > 0:
+            return dict.fromkeys(self.drafters, (0, 0))
         outputs = {
             (m.mode, output.prompt_id): output.tokens
             for m in measurements
@@ -291,18 +326,14 @@ class Evaluate:
         }
         ties = {}
         for name in self.drafters:
-            wrong = [
-                prompt
-                for prompt in by_id.values()
-                if outputs[name, prompt.id] != outputs[AUTOREGRESSIVE, prompt.id]
+            found = [
+                compare(
+                    target.model, p.id, p.ids, outputs[AUTOREGRESSIVE, p.id], outputs[name, p.id]
+                )
+                for p in prompts
             ]
-            if self.sampling.temperature > 0:
-                wrong = []
-            near = sum(
-                is_near_tie(target, p, outputs[AUTOREGRESSIVE, p.id], outputs[name, p.id])
-                for p in wrong
-            )
-            ties[name] = (len(wrong), near)
+            wrong = [mismatch for mismatch in found if mismatch is not None]
+            ties[name] = (len(wrong), sum(mismatch.near_tie for mismatch in wrong))
         return ties
 
     def _write(
@@ -312,6 +343,7 @@ class Evaluate:
         measurements: Sequence[Measurement],
         prompts: Sequence[Prompt],
         settings: Mapping[str, Any],
+        certificates: Mapping[str, Certificate],
     ) -> None:
         exactness = self._exactness()
         about = environment()
@@ -329,6 +361,7 @@ class Evaluate:
             "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
             "drafts": self.draft or f"chains of {self.draft_length}",
             "batch size": self.batch_size,
+            "certificate": "; ".join(f"{n}: {c}" for n, c in certificates.items()) or "not asked",
             "timings of each": self.repeats,
             "order": "interleaved by prompt, rotated; one prompt to warm up is not counted",
             "transformers' generate": self._why_not_theirs() or "timed on the same prompts",
@@ -413,26 +446,6 @@ def read_journal(path: Path) -> list[Measurement]:
     return found
 
 
-@torch.inference_mode()
-def is_near_tie(
-    target: LoadedTarget, prompt: Prompt, expected: Sequence[int], found: Sequence[int]
-) -> bool:
-    """Whether two greedy outputs part where the target's two best logits all but agree.
-
-    Batch shapes change rounding, in half precision visibly: then either token is the argmax.
-    """
-    agreed = 0
-    while agreed < min(len(expected), len(found)) and expected[agreed] == found[agreed]:
-        agreed += 1
-    if agreed == min(len(expected), len(found)):
-        return False
-    ids = torch.tensor([[*prompt.ids, *expected[:agreed]]], device=target.model.device)
-    logits = target.model(input_ids=ids).logits[0, -1].float()
-    parting = logits[[expected[agreed], found[agreed]]]
-    gap = float(logits.max() - parting.min())
-    return gap <= NEAR_TIE.get(target.model.dtype, 1e-3)
-
-
 def _measurement(
     unit: int, mode: str, repeat: int, results: Sequence[GenerationResult], seconds: float
 ) -> Measurement:
@@ -443,7 +456,10 @@ def _measurement(
         Output(
             result.request_id,
             result.tokens,
-            [[s.num_drafted, s.num_accepted, s.num_emitted] for s in result.steps],
+            [
+                [s.num_drafted, s.num_accepted, s.num_emitted, int(s.reached_leaf)]
+                for s in result.steps
+            ],
         )
         for result in results
     ]

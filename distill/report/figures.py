@@ -22,7 +22,8 @@ class Output:
     Attributes:
         prompt_id: of the prompt.
         tokens: output ids.
-        steps: (drafted, accepted, emitted) per target forward; empty for transformers' generate.
+        steps: (drafted, accepted, emitted, whether the accepted path ended at a leaf) per target
+            forward; empty for transformers' generate.
     """
 
     prompt_id: str

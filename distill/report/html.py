@@ -116,13 +116,13 @@ def marks(output: Output) -> list[Mark]:
     """One mark for each output token."""
     return [
         Mark(
-            "a" if place < accepted else "b" if accepted == drafted else "r",
+            "a" if place < accepted else "b" if reached_leaf else "r",
             number,
             place + 1,
             drafted,
             accepted,
         )
-        for number, (drafted, accepted, emitted) in enumerate(output.steps, start=1)
+        for number, (drafted, accepted, emitted, reached_leaf) in enumerate(output.steps, start=1)
         for place in range(emitted)
     ]
 
@@ -188,7 +188,7 @@ def page(
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(lead)}</p>
-<div class="verdict">{"<br>".join(html.escape(line) for line in verdicts(drafters))}</div>
+<div class="verdict">{"<br>".join(map(html.escape, verdicts(drafters, exactness)))}</div>
 <div class="scroll">{_table([HEADER, *table_rows(drafters, exactness)])}</div>
 <p class="lead">Brackets hold 95 % bootstrap intervals over prompts; comparisons are paired by
 prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the target's own included.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from decode import Exactness
 from distill.report.bootstrap import Interval, ratio, resamples
 from distill.report.figures import DrafterFigures, Measurement, Sums
 
@@ -68,7 +69,7 @@ def outcome(figures: DrafterFigures, exactness: str) -> str:
     return f"{exactness}: {figures.mismatches} differ, {figures.near_ties} of them near ties"
 
 
-def verdicts(drafters: Sequence[DrafterFigures]) -> list[str]:
+def verdicts(drafters: Sequence[DrafterFigures], exactness: str) -> list[str]:
     """The outcome in plain words: each drafter against the first, speed, and what went wrong."""
     first = drafters[0].name
     lines = [f"{d.name}: {_against(d, first)}." for d in drafters[1:]]
@@ -79,7 +80,12 @@ def verdicts(drafters: Sequence[DrafterFigures]) -> list[str]:
     name = best.name if len(drafters) == 1 else f"{best.name}, the fastest,"
     lines.append(f"Speed: {name} runs at {cell(best.speedup)} times {baseline}: {word} here.")
     for d in drafters:
-        if (d.mismatches or 0) > d.near_ties:
+        if exactness == Exactness.APPROXIMATE.value and d.mismatches:
+            lines.append(
+                f"Lossy: {d.mismatches} outputs of {d.name} are not the target's own greedy ones, "
+                "as the acceptance rule allows."
+            )
+        elif (d.mismatches or 0) > d.near_ties:
             wrong = (d.mismatches or 0) - d.near_ties
             lines.append(
                 f"Wrong: {wrong} outputs of {d.name} differ from the target's own where it was not "

@@ -16,13 +16,13 @@ from decode import (
 )
 from decode.drafters import LMDrafter, NoDrafter
 
-PROMPT = StepTrace(num_drafted=0, depth=0, num_tried=0, num_accepted=0, num_emitted=1)
+PROMPT = StepTrace(0, reached_leaf=True, num_tried=0, num_accepted=0, num_emitted=1)
 
 
 def chain(drafted: int, accepted: int, *, is_cut: bool = False) -> StepTrace:
     """A chain of which `accepted` were kept; a cut one ends with an accepted token (EOS)."""
     tried = accepted if is_cut else min(accepted + 1, drafted)
-    return StepTrace(drafted, drafted, tried, accepted, accepted + (not is_cut))
+    return StepTrace(drafted, accepted == drafted, tried, accepted, accepted + (not is_cut))
 
 
 # drafted 3: all accepted, a bonus | 3: the first one | 3: none | 1: accepted | nothing drafted
@@ -81,11 +81,14 @@ def test_tokens_behind_an_eos_were_never_tried():
 
 def test_a_trees_positions_are_depths():
     # Two children, the second accepted; below it two more, none accepted.
-    step = StepTrace(num_drafted=6, depth=2, num_tried=4, num_accepted=1, num_emitted=2)
+    step = StepTrace(6, reached_leaf=False, num_tried=4, num_accepted=1, num_emitted=2)
     stats = GenerationStats.of([PROMPT, step])
     assert stats.num_tried_per_pos == [1, 1]
     assert stats.num_accepted_tokens_per_pos == [1]
     assert stats.alpha == 1 / 4
+    # The same, but below the accepted one hangs nothing: no second position was tried.
+    leaf = GenerationStats.of([PROMPT, StepTrace(6, True, 2, 1, 2)])
+    assert leaf.num_tried_per_pos == [1]
 
 
 def test_nothing_gives_no_rate():
@@ -131,7 +134,7 @@ def test_the_figures_of_a_run_are_those_of_its_steps(
         assert steps[0] == PROMPT
         assert stats.num_prefill_tokens + stats.num_emitted_tokens == len(result.tokens)
         for step in steps:
-            assert step.num_accepted <= step.num_tried <= step.num_drafted == step.depth
+            assert step.num_accepted <= step.num_tried <= step.num_drafted
             assert step.num_emitted - step.num_accepted in (0, 1)
             # Cut, or all of it, or one more was tried and refused.
             refused = step.num_tried - step.num_accepted

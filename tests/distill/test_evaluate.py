@@ -9,10 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decode import SamplingParams
+from decode.acceptance import TopTokens
+from decode.drafters import ExpansionTrees
 from distill.drafter_folder import find_drafter
 from distill.errors import UserError
-from distill.evaluate import Evaluate, is_near_tie, read_journal
-from distill.prompts import DatasetPrompts, Prompt
+from distill.evaluate import Evaluate, read_journal
+from distill.prompts import DatasetPrompts
 from distill.report.html import marks, token_texts
 from distill.target import TargetSettings
 
@@ -130,16 +132,36 @@ def test_a_drafter_that_cannot_be_used_is_said(folders: Path, tmp_path: Path) ->
         evaluation(folders, tmp_path / "run", drafters={"other": str(other)}).run()
 
 
-def test_only_a_near_tie_excuses_a_mismatch(folders: Path) -> None:
-    target = TargetSettings(path=str(folders / "target")).load()
-    prompt = Prompt("p", [3, 4], "", None, "")
-    logits = target.model(input_ids=torch.tensor([prompt.ids])).logits[0, -1]
-    best, *_, worst = logits.argsort(descending=True).tolist()
-    assert not is_near_tie(target, prompt, [best], [worst])
-    head = target.model.lm_head
-    with torch.no_grad():
-        head.weight[worst] = head.weight[best]
-    assert is_near_tie(target, prompt, [best], [worst])
+def test_a_certificate_is_given_when_asked_for(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation(folders, tmp_path, certify=True).run()
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    assert found.keys() == {"good", "bad"}
+    assert found["good"] == {"num_outputs": 5, "num_tokens": 100, "mismatches": []}
+    assert "all are transformers' own, token for token" in capsys.readouterr().out
+
+
+def test_trees_and_other_rules_are_chosen_by_settings(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = ExpansionTrees(counts=(3, 2))
+    evaluation(folders, tmp_path / "tree", draft=tree).run()
+    found = json.loads((tmp_path / "tree" / "results.json").read_text())
+    assert found["drafters"]["bad"]["mismatches"] == 0
+    assert "ExpansionTrees" in (tmp_path / "tree" / "report.html").read_text()
+    for measurement in read_journal(tmp_path / "tree" / "measurements.jsonl"):
+        if measurement.mode == "good":
+            (output,) = measurement.outputs
+            kinds = [mark.kind for mark in marks(output)]
+            assert kinds.count("b") == sum(
+                leaf for _, taken, emitted, leaf in output.steps if emitted > taken
+            )
+    lossy = TopTokens(top=10)
+    evaluation(folders, tmp_path / "lossy", acceptance=lossy).run()
+    assert "Lossy: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "lossy" / "results.json").read_text())
+    assert found["exactness"] == "approximate"
 
 
 def test_texts_of_tokens_add_up(folders: Path) -> None:
@@ -157,7 +179,7 @@ def test_every_token_of_a_real_output_has_one_colour(folders: Path, tmp_path: Pa
             assert len(kinds) == len(output.tokens) == 20
             accepted = measurement.counts["num_accepted_tokens"]
             assert kinds.count("a") == accepted
-            own = sum(emitted > taken for _, taken, emitted in output.steps)
+            own = sum(emitted > taken for _, taken, emitted, _ in output.steps)
             assert kinds.count("r") + kinds.count("b") == own
 
 

@@ -62,13 +62,14 @@ def measurement(unit: int, mode: str, steps: list[list[int]], seconds: float) ->
     return Measurement(unit, mode, 0, seconds, split, counts, [Output(f"p{unit}", tokens, steps)])
 
 
-WEAK = [[0, 0, 1], [2, 0, 1], [2, 1, 2], [2, 2, 3]]  # 3 of 5 tried accepted, 6 tokens in 3 steps
-STRONG = [[0, 0, 1], [2, 2, 3], [2, 2, 3]]
+# 3 of 5 tried accepted, 6 tokens in 3 steps
+WEAK = [[0, 0, 1, 1], [2, 0, 1, 0], [2, 1, 2, 0], [2, 2, 3, 1]]
+STRONG = [[0, 0, 1, 1], [2, 2, 3, 1], [2, 2, 3, 1]]
 ALL = [
     measurement(unit, mode, steps, seconds)
     for unit in range(4)
     for mode, steps, seconds in (
-        (AUTOREGRESSIVE, [[0, 0, 1]] * 7, 7.0),
+        (AUTOREGRESSIVE, [[0, 0, 1, 1]] * 7, 7.0),
         ("weak", WEAK, 5.0),
         ("strong", STRONG, 3.5),
     )
@@ -108,7 +109,7 @@ def test_tables_say_what_the_figures_say() -> None:
 def test_every_token_has_one_writer() -> None:
     output = Output("p", list(range(7)), WEAK)
     assert "".join(mark.kind for mark in marks(output)) == "brar" + "aab"
-    cut = Output("p", [1, 2, 3], [[0, 0, 1], [5, 2, 2]])  # EOS was the second accepted token
+    cut = Output("p", [1, 2, 3], [[0, 0, 1, 1], [5, 2, 2, 0]])  # EOS was the second accepted token
     assert "".join(mark.kind for mark in marks(cut)) == "baa"
 
 
@@ -130,7 +131,7 @@ def test_the_page_is_whole_escaped_and_fetches_nothing() -> None:
     assert "&lt;b&gt;" in text
     assert not re.search(r"(src|href)=[\"'](?!data:)", text)
     assert text.count('class="a"') + text.count('class="a s"') == 4  # legend and three tokens
-    assert "strong: τ is higher than weak's" in " ".join(verdicts(drafters))
+    assert "strong: τ is higher than weak's" in " ".join(verdicts(drafters, "greedy-identical"))
 
 
 def test_a_page_shows_the_text_as_it_was_written() -> None:
@@ -160,7 +161,7 @@ def test_step_times_have_intervals_and_add_up() -> None:
 
 def test_what_is_undefined_is_null_in_json_and_said_in_words() -> None:
     alone = [m for m in ALL if m.mode != "weak"]
-    alone += [measurement(unit, "weak", [[0, 0, 1]], 1.0) for unit in range(4)]  # no step at all
+    alone += [measurement(unit, "weak", [[0, 0, 1, 1]], 1.0) for unit in range(4)]  # no step at all
     ties = {"weak": (0, 0), "strong": (2, 1)}
     drafters = figures(
         alone, ["weak", "strong"], is_greedy=True, ties=ties, num_resamples=50, seed=0
@@ -172,7 +173,10 @@ def test_what_is_undefined_is_null_in_json_and_said_in_words() -> None:
     assert found["strong"]["against_first"]["block_efficiency"] == "not distinguishable"
     assert found["strong"]["speedup"] == found["strong"]["speedup_over_autoregressive"]
     assert "undefined" in markdown(drafters, "greedy-identical")
-    assert "Wrong: 1 outputs of strong" in " ".join(verdicts(drafters))
+    assert "Wrong: 1 outputs of strong" in " ".join(verdicts(drafters, "greedy-identical"))
+    lossy = " ".join(verdicts(drafters, "approximate"))
+    assert "Lossy: 2 outputs of strong" in lossy
+    assert "Wrong" not in lossy
     all_plots(drafters, times)
 
 
