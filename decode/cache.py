@@ -90,8 +90,14 @@ class SlotLayer(CacheLayerMixin):
             return keys.narrow(2, 0, window.num_keys), values.narrow(2, 0, window.num_keys)
         self.keys[window.slots, :, window.positions] = key_states.transpose(1, 2)
         self.values[window.slots, :, window.positions] = value_states.transpose(1, 2)
-        keys, values = self.keys[window.rows], self.values[window.rows]
-        return keys[:, :, : window.num_keys], values[:, :, : window.num_keys]
+        return self._read(self.keys, window), self._read(self.values, window)
+
+    def _read(self, store: Tensor, window: Window) -> Tensor:
+        """[B, H, L, D] what the window's sequences may see; a copy where they are no neighbours."""
+        visible = store.narrow(2, 0, window.num_keys)
+        if isinstance(window.rows, slice):
+            return visible[window.rows]
+        return visible.index_select(0, window.rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys read and their offset; only asked for where no 4-D mask was handed in."""

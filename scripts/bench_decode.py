@@ -11,6 +11,10 @@ times is that of speeds. `--json FILE` writes
     autoregressive_over_transformers_generate  our autoregressive tokens/s / their greedy ones
     loop_overhead_fraction                     our assisted step outside the two models' forwards;
                                                masks and positions are of the forward, as theirs
+    batch8_over_transformers_assisted          8 prompts: our assisted tokens/s, all at once, /
+                                               theirs, one by one, as they must be
+    generation16_over_transformers             48 prompts, 16 at a time, each to its EOS: our
+                                               tokens/s with slot refill / theirs in padded batches
 """
 
 import argparse
@@ -96,6 +100,13 @@ def load(folder: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def load_for_decoding(folder: str) -> PreTrainedModel:
+    """The same, its weights laid out for our loop."""
+    model = load(folder)
+    lay_out_for_decoding(model)
+    return model
+
+
 def ours(target: Target, drafter: Drafter, max_new_tokens: int) -> Mode:
     """Our loop."""
     decoder = SpeculativeDecoder(target, drafter)
@@ -177,6 +188,97 @@ def time_rounds(
     return rounds, mismatches
 
 
+def batch_ratio(ours: Callable[[], int], theirs: Callable[[], int], num_rounds: int) -> float:
+    """Median over rounds of our tokens/s / theirs; each function returns its number of tokens."""
+    rates: dict[Callable[[], int], list[float]] = {ours: [], theirs: []}
+    ours()
+    theirs()
+    for number in range(num_rounds):
+        for run in (ours, theirs) if number % 2 else (theirs, ours):
+            started = time.perf_counter()
+            num_tokens = run()
+            rates[run].append(num_tokens / (time.perf_counter() - started))
+    for name, run in (("ours", ours), ("transformers", theirs)):
+        print(f"    {name:14s}{statistics.median(rates[run]):10.1f} tokens/s")
+    return statistics.median(a / b for a, b in zip(rates[ours], rates[theirs], strict=True))
+
+
+def batch8(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    assisted: Mode,
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+) -> float:
+    """8 prompts: our assisted decoding of all at once against `assisted`, one by one."""
+    wrapped = Target(target, max_batch_size=len(prompts))
+    decoder = SpeculativeDecoder(
+        wrapped, LMDrafter(drafter, target=wrapped, draft_length=args.draft_length)
+    )
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
+    requests = [Request(id=str(n), prompt=ids, sampling=sampling) for n, ids in enumerate(prompts)]
+    ours = [result.tokens for result in decoder.generate(requests)]
+    same = sum(a == assisted(ids) for a, ids in zip(ours, prompts, strict=True))
+    print(f"{len(prompts)} prompts at once, assisted: {same} outputs are those of one by one")
+    return batch_ratio(
+        lambda: sum(len(result.tokens) for result in decoder.generate(requests)),
+        lambda: sum(len(assisted(ids)) for ids in prompts),
+        args.rounds,
+    )
+
+
+def generation16(
+    target: PreTrainedModel,
+    their_target: PreTrainedModel,
+    prompts: list[list[int]],
+    eos: int,
+    args: argparse.Namespace,
+) -> float:
+    """Data generation, 16 at a time, outputs as long as they come."""
+    wrapped = Target(target, max_batch_size=16)
+    decoder = SpeculativeDecoder(wrapped, NoDrafter())
+    sampling = SamplingParams(max_new_tokens=2 * args.max_new_tokens)
+    requests = [Request(id=str(n), prompt=ids, sampling=sampling) for n, ids in enumerate(prompts)]
+    # Sorted by length, as one would for padding: theirs is not to be worse than it must.
+    ordered = sorted(prompts, key=len)
+
+    def padded() -> list[list[int]]:
+        outputs = []
+        for begin in range(0, len(ordered), 16):
+            batch = ordered[begin : begin + 16]
+            width = max(map(len, batch))
+            ids = torch.tensor([[eos] * (width - len(row)) + row for row in batch])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+            with torch.inference_mode():
+                output = their_target.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=2 * args.max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=eos,
+                    pad_token_id=eos,
+                )
+            for row in output[:, width:].tolist():
+                outputs.append(row[: row.index(eos) + 1] if eos in row else row)
+        return outputs
+
+    ours = {
+        tuple(r.prompt): out.tokens
+        for r, out in zip(requests, decoder.generate(requests), strict=True)
+    }
+    same = sum(ours[tuple(ids)] == out for ids, out in zip(ordered, padded(), strict=True))
+    lengths = sorted(len(tokens) for tokens in ours.values())
+    print(
+        f"{len(prompts)} prompts, 16 at a time, outputs of {lengths[0]} to {lengths[-1]} tokens, "
+        f"median {statistics.median(lengths):.0f}: {same} are the same"
+    )
+    return batch_ratio(
+        lambda: sum(len(result.tokens) for result in decoder.generate(requests)),
+        lambda: sum(map(len, padded())),
+        args.rounds,
+    )
+
+
 def main() -> None:
     """Time, print, and write the figures."""
     parser = argparse.ArgumentParser(
@@ -194,9 +296,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     # Theirs and ours are separate copies: ours may lay out its weights as it likes.
-    targets, drafters = [load(args.target) for _ in "ab"], [load(args.drafter) for _ in "ab"]
-    lay_out_for_decoding(targets[1])
-    lay_out_for_decoding(drafters[1])
+    targets = [load(args.target), load_for_decoding(args.target)]
+    drafters = [load(args.drafter), load_for_decoding(args.drafter)]
     settings = drafters[0].generation_config
     settings.num_assistant_tokens = args.draft_length
     settings.num_assistant_tokens_schedule = "constant"
@@ -204,6 +305,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     source = StandardLibraryPrompts(split="evaluate", limit=args.prompts)
     prompts = [prompt.ids for prompt in source.load(tokenizer)]
+    many = [
+        prompt.ids for prompt in StandardLibraryPrompts(split="evaluate", limit=48).load(tokenizer)
+    ]
     target = Target(targets[1], max_batch_size=1)
     drafter = LMDrafter(drafters[1], target=target, draft_length=args.draft_length)
     target_forwards = [Forwards.of_theirs(targets[0]), Forwards.of_ours(target.cached)]
@@ -247,6 +351,17 @@ def main() -> None:
         ),
         "loop_overhead_fraction": median("ours, assisted", "other"),
     }
+    theirs_alone = modes["transformers assisted"]
+    figures["batch8_over_transformers_assisted"] = batch8(
+        load_for_decoding(args.target),
+        load_for_decoding(args.drafter),
+        theirs_alone,
+        many[:8],
+        args,
+    )
+    figures["generation16_over_transformers"] = generation16(
+        load_for_decoding(args.target), load(args.target), many, tokenizer.eos_token_id, args
+    )
     for name, value in figures.items():
         print(f"{name} {value:.3f}")
     if args.json:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from decode import (
     Acceptance,
+    AcceptanceRule,
     CachedModel,
     Context,
     Draft,
@@ -24,7 +25,7 @@ from decode import (
     Target,
     TreePlan,
 )
-from decode.acceptance import Greedy, SpeculativeSampling
+from decode.acceptance import Greedy, RecursiveRejection, SpeculativeSampling
 from decode.drafters import (
     DistinctChildren,
     IndependentChildren,
@@ -332,6 +333,10 @@ def test_no_token_is_read_twice_and_read_ones_are_kept(setting):
 # Through the decoder
 
 
+def rule_for(shape: TreeShape) -> AcceptanceRule:
+    return RecursiveRejection() if isinstance(shape, DistinctChildren) else SpeculativeSampling()
+
+
 def requests(prompts: Sequence[list[int]], counts: Sequence[int], **params: object):
     return [
         Request(id=f"r{row}", prompt=prompt, sampling=SamplingParams(max_new_tokens=n, **params))
@@ -378,7 +383,7 @@ def test_an_output_is_the_requests_own(tiny, perturbed, prompt, shape, temperatu
     for batch, batched in [(1, mine), (3, mine), (5, [*mine, *others]), (4, [*others, *mine])]:
         target = Target(model, max_batch_size=batch)
         drafter = LMTreeDrafter(perturbed(model), target=target, shape=shape)
-        results = SpeculativeDecoder(target, drafter).generate(batched)
+        results = SpeculativeDecoder(target, drafter, rule_for(shape)).generate(batched)
         own = {r.request_id: (r.tokens, r.steps) for r in results}
         outputs.append([own[request.id] for request in mine])
     assert all(output == outputs[0] for output in outputs)
@@ -454,7 +459,8 @@ def decoded(
     model, drafter_model, shape: TreeShape, params: SamplingParams, prompt: list[int], count: int
 ) -> Counter[tuple[int, ...]]:
     target = Target(model, max_batch_size=512)
-    decoder = SpeculativeDecoder(target, LMTreeDrafter(drafter_model, target=target, shape=shape))
+    drafter = LMTreeDrafter(drafter_model, target=target, shape=shape)
+    decoder = SpeculativeDecoder(target, drafter, rule_for(shape))
     several = (Request(id=str(n), prompt=prompt, sampling=params, seed=11) for n in range(count))
     return Counter(tuple(result.tokens) for result in decoder.stream(several))
 
@@ -464,6 +470,7 @@ LOSSLESS: dict[str, TreeShape] = {
     "independent children, sparse": IndependentChildren(TreePlan((0, 0, 0, 2), (0, 1, 3, 0))),
     "likeliest children": LikeliestChildren(TreePlan.expansion([2, 2])),
     "likeliest paths": LikeliestPaths(width=2, depth=2, size=4),
+    "distinct children": DistinctChildren(TreePlan.expansion([3, 2])),
 }
 
 
@@ -492,15 +499,6 @@ def test_the_decoder_is_lossless_where_tokens_are_ruled_out(g_test, tiny, pertur
 @pytest.mark.parametrize("shape", LOSSLESS.values(), ids=LOSSLESS)
 def test_the_decoder_is_lossless_at_length(g_test, tiny, perturbed, shape):
     check_losslessness(g_test, tiny, perturbed, shape, 100_000)
-
-
-def test_children_without_replacement_take_another_rule(g_test, tiny, perturbed):
-    """Judged as if they were independent, they give another distribution: the test sees it."""
-    model = tiny("llama", **TINY)
-    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
-    shape = DistinctChildren(TreePlan.expansion([3, 2]))
-    counts = decoded(model, perturbed(model, 0.5), shape, params, [1, 3], 6_000)
-    assert g_test(counts, enumerated(model, params, [1, 3])) < FAILS
 
 
 def test_distinct_children_follow_the_law_of_drawing_without_replacement(g_test):
