@@ -9,7 +9,7 @@ from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_wi
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
 from decode.sampling import SamplingBatch, SamplingParams
 from decode.stats import GenerationStats, StepTrace
-from decode.target import Target
+from decode.target import Target, check_supported
 from decode.tokenizers import check_tokenizers, tokenizer_hash
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "TopLogprobs",
     "TreePlan",
     "certify",
+    "check_supported",
     "check_tokenizers",
     "compare",
     "expected_accepted",

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from decode.acceptance.sampling import SpeculativeSampling
 from decode.cached_model import ModelOutput
 from decode.draft import Draft
+from decode.penalty import penalised
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter
 from decode.sampling import SamplingBatch, SamplingParams, generator_for
 from decode.stats import GenerationStats, StepTrace
@@ -188,7 +189,9 @@ class SpeculativeDecoder:
     def _conclude(self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput) -> None:
         """Accept, truncate, commit, observe, extend."""
         sequences = batch.sequences
-        acceptance = self.rule.accept(draft, output.logits, context.sampling)
+        acceptance = self.rule.accept(
+            draft, penalised(output.logits, context, draft), context.sampling
+        )
         acceptance, emitted = self._truncate(sequences, draft, acceptance)
         self._record(sequences, draft, acceptance, emitted, output)
         self.target.commit(batch.slots, draft, acceptance)
@@ -323,7 +326,7 @@ class SpeculativeDecoder:
                 request=request,
                 slot=slot,
                 limit=min(request.sampling.max_new_tokens, room),
-                sampling=request.sampling,
+                sampling=self._resolved(request.sampling),
                 generator=generator_for(request.seed, request.id),
                 length=len(request.prompt),
             )
@@ -338,6 +341,12 @@ class SpeculativeDecoder:
         self._active.sort(key=lambda sequence: sequence.slot)
         yield from self._retire()
         return True
+
+    def _resolved(self, sampling: SamplingParams) -> SamplingParams:
+        """With what the target's generation config says where the request says nothing."""
+        if sampling.repetition_penalty is not None or self.target.repetition_penalty == 1.0:
+            return sampling
+        return replace(sampling, repetition_penalty=self.target.repetition_penalty)
 
     def _prefill(self, sequences: list[_Sequence]) -> None:
         """Read the prompts; each one's forward gives its first token."""

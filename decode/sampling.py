@@ -12,12 +12,15 @@ from torch import Tensor
 class SamplingParams:
     """How one sequence is generated.
 
-    Temperature, top-k and top-p apply in that order, as in transformers and vLLM.
+    Repetition penalty, temperature, top-k, top-p and min-p apply in that order, as in transformers.
 
     Attributes:
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability.
+        min_p: drop tokens with less than this share of the likeliest one's probability.
+        repetition_penalty: divides the logits of tokens that the text holds already; None is what
+            the target's generation config says, 1 where it says nothing.
         max_new_tokens: output length limit, EOS included.
         stop: texts that end the output; the token that completes one is its last.
         ignore_eos: go on past EOS, up to the length limit.
@@ -28,6 +31,8 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -43,6 +48,10 @@ class SamplingParams:
             raise ValueError(f"top_logprobs must be >= 0, got {self.top_logprobs}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
@@ -58,6 +67,7 @@ class SamplingBatch:
     params: tuple[SamplingParams, ...]
     generators: tuple[torch.Generator, ...]
     is_greedy: bool
+    has_penalty: bool
 
     @classmethod
     def of(
@@ -65,7 +75,8 @@ class SamplingBatch:
     ) -> "SamplingBatch":
         """The batch of these sequences."""
         is_greedy = all(p.temperature == 0 for p in params)
-        return cls(tuple(params), tuple(generators), is_greedy)
+        has_penalty = any(p.repetition_penalty not in (None, 1.0) for p in params)
+        return cls(tuple(params), tuple(generators), is_greedy, has_penalty)
 
     def probs(self, logits: Tensor) -> Tensor:
         """The distributions that tokens are drawn from: [B, ..., V] logits to probabilities.
@@ -102,6 +113,10 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
         # A token is dropped when those before it already hold top_p; the first always stays.
         dropped = probs.cumsum(-1) - probs >= params.top_p
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    if params.min_p > 0:
+        probs = logits.softmax(-1)
+        too_unlikely = probs < params.min_p * probs.amax(-1, keepdim=True)
+        logits = logits.masked_fill(too_unlikely, -torch.inf)
     return logits.softmax(-1)
 
 
@@ -135,4 +150,4 @@ def generator_for(seed: int, request_id: str) -> torch.Generator:
 
 
 def _same_law(a: SamplingParams, b: SamplingParams) -> bool:
-    return (a.temperature, a.top_k, a.top_p) == (b.temperature, b.top_k, b.top_p)
+    return (a.temperature, a.top_k, a.top_p, a.min_p) == (b.temperature, b.top_k, b.top_p, b.min_p)

@@ -1,6 +1,5 @@
 """The target: the model whose output must be preserved, and its cache."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,13 +7,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from decode.cached_model import CachedModel, ModelOutput
+from decode.cached_model import CachedModel, ModelOutput, refuse_unsupported
 from decode.draft import Draft
 from decode.protocols import Acceptance
 
 PREFILL_CHUNK = 512
 NEUTRAL_PROCESSORS = {
-    "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
     "min_new_tokens": None,
@@ -41,10 +39,12 @@ class Target:
             max_length: tokens per sequence, prompt included; the model's context by default.
 
         Raises:
-            ValueError: the model cannot be decoded by this runtime.
+            ValueError: the model cannot be decoded by this runtime, or its generation config asks
+                for what this runtime does not apply.
         """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
+        check_supported(model)
         self.model = model.eval()
         self.cached = CachedModel(model, num_slots=max_batch_size, max_length=max_length)
         self.max_batch_size = max_batch_size
@@ -52,7 +52,7 @@ class Target:
         self.vocab_size = self.cached.vocab_size
         self.device = self.cached.device
         self.eos_token_ids = _eos_token_ids(model)
-        _warn_about_processors(model)
+        self.repetition_penalty = _repetition_penalty(model)
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Tensor], layers: tuple[int, ...] = ()
@@ -110,19 +110,32 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(eos) if isinstance(eos, Sequence) else frozenset([eos])
 
 
-def _warn_about_processors(model: PreTrainedModel) -> None:
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ValueError, in one sentence, for a model that this runtime cannot decode exactly."""
+    refuse_unsupported(model)
+    _refuse_processors(model)
+
+
+def _repetition_penalty(model: PreTrainedModel) -> float:
+    config = model.generation_config
+    penalty = getattr(config, "repetition_penalty", None) if config else None
+    return 1.0 if penalty is None else float(penalty)
+
+
+def _refuse_processors(model: PreTrainedModel) -> None:
+    """Raise ValueError for logits processors that would be left out: that changes the output."""
     settings: Mapping[str, object] = (
         model.generation_config.to_dict() if model.generation_config else {}
     )
     active = [
-        f"{name}={settings[name]!r}"
+        name
         for name, neutral in NEUTRAL_PROCESSORS.items()
         if settings.get(name) not in (None, neutral)
     ]
     if active:
-        warnings.warn(
+        raise ValueError(
             f"the generation config of {model.config._name_or_path or type(model).__name__} asks "
-            f"for {', '.join(active)}, which this runtime does not apply: outputs are those of the "
-            "plain model",
-            stacklevel=3,
+            f"for {', '.join(f'{name}={settings[name]!r}' for name in active)}, which this runtime "
+            f"does not apply; to decode without, take it out of generation_config.json, or set "
+            f"model.generation_config.{active[0]} = None"
         )

@@ -261,6 +261,9 @@ class Evaluate:
             temperature=params.temperature if is_sampling else None,
             top_k=params.top_k if is_sampling else None,
             top_p=params.top_p if is_sampling else None,
+            min_p=params.min_p if is_sampling and params.min_p else None,
+            repetition_penalty=params.repetition_penalty
+            or model.generation_config.repetition_penalty,
             eos_token_id=eos,
             pad_token_id=0,
         )

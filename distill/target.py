@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from decode import check_supported
 from distill.errors import UserError
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded_target"
@@ -127,6 +128,10 @@ class TargetSettings:
                 self.location,
                 "check target.path, target.device and target.dtype",
             ) from error
+        try:
+            check_supported(model)
+        except ValueError as error:
+            raise UserError(str(error), self.location) from error
         return LoadedTarget(model, tokenizer, self.path, fingerprint(model))
 
     def _check_folder(self) -> None:

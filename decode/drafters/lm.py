@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from decode.draft import Draft
 from decode.draft_length import Constant, DraftLength
 from decode.drafters.reading import Reader
+from decode.penalty import apply_penalty, tokens_seen
 from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import argmax, draw
 from decode.target import Target
@@ -64,7 +65,13 @@ class LMDrafter(Drafter):
         one_each = [1] * len(slots)
         threshold = self.length.min_confidence
         self._confidences = {slot: [] for slot in slots} if threshold > 0 else {}
+        seen = None
+        if sampling.has_penalty:
+            seen = tokens_seen(context, logits.shape[-1]).to(reader.device)
         for step in range(longest):
+            if seen is not None:
+                seen.scatter_(1, tokens[-1], True)
+                logits = apply_penalty(logits, seen[:, None], context)
             if threshold > 0:
                 self._stop_where_unsure(logits, slots, counts, step)
                 are_even, longest = min(counts) == max(counts), max(counts)

@@ -477,11 +477,13 @@ def test_a_model_that_makes_its_own_masks_is_refused(architecture):
         Target(model, max_length=32)
 
 
-def test_processors_of_the_generation_config_are_not_applied_and_said_so(tiny):
+def test_processors_that_would_be_left_out_are_refused(tiny):
     model = copy.deepcopy(tiny("llama"))
-    model.generation_config.repetition_penalty = 1.3
-    with pytest.warns(UserWarning, match=r"repetition_penalty=1.3, which this runtime does not"):
+    model.generation_config.no_repeat_ngram_size = 3
+    with pytest.raises(ValueError, match=r"no_repeat_ngram_size=3, which this runtime does not"):
         Target(model)
+    model.generation_config.no_repeat_ngram_size = None
+    Target(model)
 
 
 def test_a_target_needs_a_slot(tiny):

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from decode import (
     Context,
@@ -46,7 +47,9 @@ def enumerated(model, params: SamplingParams, prompt: list[int]) -> dict[tuple[i
     for _ in range(LENGTH):
         texts = torch.tensor([[*prompt, *output] for output in growing])
         with torch.no_grad():
-            probs = warp(model(texts).logits[:, -1], params).double()
+            logits = model(texts).logits[:, -1]
+            penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty or 1.0)
+            probs = warp(penalty(texts, logits), params).double()
         longer = {
             (*output, token): chance * float(probs[row, token])
             for row, (output, chance) in enumerate(growing.items())
@@ -133,6 +136,21 @@ def test_the_decoder_is_lossless_on_chains(
     # These are not the counts of a slightly warmer target: the test can tell.
     warmer = SamplingParams(temperature=1.3 * temperature)
     assert g_test(counts, enumerated(model, warmer, prompt)) < FAILS
+
+
+def test_the_decoder_is_lossless_under_a_repetition_penalty(g_test, tiny, perturbed):
+    model = tiny("llama", **TINY)
+    params = SamplingParams(
+        temperature=1.0, min_p=0.1, repetition_penalty=1.5, max_new_tokens=LENGTH
+    )
+
+    def drafter(target: Target) -> Drafter:
+        return LMDrafter(perturbed(model, 0.5), target=target, draft_length=2)
+
+    counts = decoded(model, drafter, params, [1, 3], 20_000)
+    assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
+    plain = SamplingParams(temperature=1.0, min_p=0.1)
+    assert g_test(counts, enumerated(model, plain, [1, 3])) < FAILS
 
 
 def test_the_decoder_is_lossless_on_trees(g_test, tiny):

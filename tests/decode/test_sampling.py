@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from decode import SamplingBatch, SamplingParams
 from decode.sampling import argmax, draw, generator_for, warp
@@ -30,6 +35,18 @@ def test_warping_is_that_of_transformers(temperature, top_k, top_p):
     if top_p < 1:
         theirs = TopPLogitsWarper(top_p)(None, theirs)
     ours = warp(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    torch.testing.assert_close(ours, theirs.softmax(-1))
+
+
+@pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_min_p_is_that_of_transformers(min_p, top_p):
+    logits = random_logits(200, 60)
+    theirs = TemperatureLogitsWarper(0.7)(None, logits)
+    if top_p < 1:
+        theirs = TopPLogitsWarper(top_p)(None, theirs)
+    theirs = MinPLogitsWarper(min_p)(None, theirs)
+    ours = warp(logits, SamplingParams(temperature=0.7, top_p=top_p, min_p=min_p))
     torch.testing.assert_close(ours, theirs.softmax(-1))
 
 
