@@ -21,7 +21,7 @@ NUM_HALVINGS = 24  # of [1, K], which leaves float32 no more to halve
 class KSequence:
     """Accept child x of K independent ones with probability min(1, p(x) / (ρ q(x))).
 
-    SpecTr (Sun et al. 2023), Algorithm 3 (K-SEQ), applied at every node of a tree. ρ in [1, K] is
+    SpecTr (Sun et al. 2023), K-SEQ, applied at every node of a tree. ρ in [1, K] is
     the smallest level at which the accepted tokens take no more of any token than p has:
     1 - (1 - β)^K = ρ β, with β = Σ min(q, p / ρ). Chains have K = 1, and there, as with drafts
     chosen with certainty, this is `SpeculativeSampling`.

@@ -21,9 +21,9 @@ class Lenient:
 
     With lenience l in (0, 1], 1 being lossless: f = p / l ("linear": Leviathan et al. 2023,
     appendix A.5; no token comes more often than p / l), p / l² ("square") or p^l ("exponential"):
-    DistillSpec (Zhou et al. 2023), section 5.2. Greedy sequences accept x where the target at
-    temperature 1 gives it at least l times what it gives its likeliest token.
-    On trees the siblings are judged one by one.
+    DistillSpec (Zhou et al. 2023), lossy speculative decoding. Greedy sequences accept x where the
+    target at temperature 1 gives it at least l times what it gives its likeliest token. On trees
+    the siblings are judged one by one.
 
     Attributes:
         lenience: l.

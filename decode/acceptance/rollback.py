@@ -16,7 +16,7 @@ from decode.sampling import SamplingBatch
 class Rollback:
     """Accept a draft token x where -log p(x) is at most `threshold`.
 
-    BiLD (Kim et al. 2023), section 3.3: the distance is the cross-entropy of the target's
+    BiLD (Kim et al. 2023), rollback policy: the distance is the cross-entropy of the target's
     prediction with the drafter's token. p is at temperature 1. What follows the accepted path is
     the target's likeliest token. BiLD's other half, falling back to the target where the drafter is
     unsure, is the drafter's: `LMDrafter(min_confidence=...)`.

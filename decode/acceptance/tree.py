@@ -1,7 +1,7 @@
 """From the root of a draft to a leaf: at every node one of its children is accepted, or none.
 
 Which one is what rules differ in: a `Select` judges the children of one node. That one node's
-selection is lossless is enough for the whole tree to be (SpecTr, Sun et al. 2023, section 4).
+selection is lossless is enough for the whole tree to be (Sun et al. 2023, SpecTr).
 
 Shape legend: B sequences, N nodes, K children of one node, V vocabulary.
 """

@@ -21,7 +21,7 @@ GREEDY = Greedy()
 class RecursiveRejection:
     """Speculative sampling where no sibling repeats another: each was drawn from what was left.
 
-    Sequoia (Chen et al. 2024), Algorithm 2, and MCSD (Yang et al. 2024), Algorithm 1. A child x is
+    Sequoia (Chen et al. 2024), Algorithm 2, and MCSD (Yang et al. 2024). A child x is
     accepted with probability min(1, p(x) / q(x)); behind a refusal p becomes (p - q)+ and q loses
     x, both normalised. Where the drafter is far off, siblings that differ find what it misses.
     Chains and drafts chosen with certainty are judged as `SpeculativeSampling` judges them.

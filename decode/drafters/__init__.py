@@ -14,6 +14,7 @@ from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
+from decode.drafters.merged import MergedDrafter
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 
@@ -31,6 +32,7 @@ __all__ = [
     "LMTreeDrafter",
     "LikeliestChildren",
     "LikeliestPaths",
+    "MergedDrafter",
     "NoDrafter",
     "PlannedTrees",
     "load_drafter",
