@@ -194,6 +194,13 @@ class SlotCache(Cache):
                 for store in (layer.keys, layer.values):
                     store[slot, :, start : start + kept] = store[slot][:, source]
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Let `slot` begin with the first `length` tokens of `source`."""
+        for layer in self.layers:
+            for store in (layer.keys, layer.values):
+                store[slot, :, :length] = store[source, :, :length]
+        self.lengths[slot] = length
+
     def truncate(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Roll back: forget all but the first `lengths[b]` tokens of each slot."""
         for slot, length in zip(slots, lengths, strict=True):

@@ -21,6 +21,8 @@ from decode.stats import GenerationStats, StepTrace
 from decode.stopping import Stopping
 from decode.target import Target
 
+SHARED_FROM = 16  # tokens from which to copy a common beginning is worth it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -336,11 +338,42 @@ class SpeculativeDecoder:
         if not entering:
             return False
         with torch.inference_mode():
-            self._prefill(entering)
+            shared = self._shared_prefixes(entering)
+            self._prefill([sequence for sequence in entering if sequence.slot not in shared])
+            for slot, (source, length) in shared.items():
+                self.target.share(source, slot, length)
+            self._prefill([sequence for sequence in entering if sequence.slot in shared])
         # Neighbouring slots are read without a copy, so the batch is kept in slot order.
         self._active.sort(key=lambda sequence: sequence.slot)
         yield from self._retire()
         return True
+
+    def _shared_prefixes(self, entering: list[_Sequence]) -> dict[int, tuple[int, int]]:
+        """Which prompts begin as another slot's text does: slot -> (that slot, tokens to copy).
+
+        The other one was there before, or enters now and reads its prompt itself. Of drafters that
+        want the states of every token each prompt is read whole.
+        """
+        if self.drafter.hidden_layers:
+            return {}
+        newcomers = {sequence.slot for sequence in entering}
+        sources = [sequence for sequence in self._active if sequence.slot not in newcomers]
+        shared = {}
+        for sequence in entering:
+            best, length = -1, SHARED_FROM - 1
+            for source in sources:
+                # The last token of either is a root, whose keys are not cached, or must be read.
+                room = min(source.length, sequence.length) - 1
+                texts = self._buffer[[source.slot, sequence.slot], :room]
+                differs = np.flatnonzero(texts[0] != texts[1])
+                common = int(differs[0]) if len(differs) else room
+                if common > length:
+                    best, length = source.slot, common
+            if best >= 0:
+                shared[sequence.slot] = (best, length)
+            else:
+                sources.append(sequence)
+        return shared
 
     def _resolved(self, sampling: SamplingParams) -> SamplingParams:
         """With what the target's generation config says where the request says nothing."""
@@ -350,6 +383,8 @@ class SpeculativeDecoder:
 
     def _prefill(self, sequences: list[_Sequence]) -> None:
         """Read the prompts; each one's forward gives its first token."""
+        if not sequences:
+            return
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
         batch = _Batch(sequences)

@@ -59,10 +59,14 @@ class Target:
     ) -> tuple[ModelOutput, list[dict[int, Tensor]]]:
         """Read the prompts. Their last tokens are roots: read too, but not committed.
 
+        Of a prompt whose slot holds its beginning already (`share`), the rest is read.
+
         Returns:
             the output at the roots, as `verify` would give it for drafts of the root alone; and for
-            each prompt the states of all other tokens, layer -> [T - 1, D].
+            each prompt the states of all other tokens read, layer -> [T - 1, D].
         """
+        lengths = self.cached.cache.lengths
+        prompts = [prompt[lengths[slot] :] for slot, prompt in zip(slots, prompts, strict=True)]
         counts = [len(prompt) for prompt in prompts]
         padded = pad_sequence(list(prompts), batch_first=True).to(self.device)
         states: list[dict[int, list[Tensor]]] = [{layer: [] for layer in layers} for _ in prompts]
@@ -84,6 +88,10 @@ class Target:
         logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]
         before = [{layer: tokens[:-1] for layer, tokens in row.items()} for row in read]
         return ModelOutput(logits, at_root), before
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Let the free `slot` begin with the first `length` tokens that `source` has read."""
+        self.cached.cache.copy(source, slot, length)
 
     def verify(
         self, slots: Sequence[int], draft: Draft, layers: tuple[int, ...] = ()
