@@ -42,6 +42,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("acceptance", "sampling", "decode.acceptance.SpeculativeSampling"),
     ("acceptance", "block", "decode.acceptance.BlockVerification"),
     ("acceptance", "k_sequence", "decode.acceptance.KSequence"),
+    ("acceptance", "traversal", "decode.acceptance.TraversalVerification"),
     ("acceptance", "without_replacement", "decode.acceptance.RecursiveRejection"),
     ("acceptance", "lenient", "decode.acceptance.Lenient"),
     ("acceptance", "typical", "decode.acceptance.Typical"),

@@ -40,6 +40,7 @@ from decode.acceptance import (
     Rollback,
     SpeculativeSampling,
     TopTokens,
+    TraversalVerification,
     Typical,
 )
 from decode.drafters import (
@@ -90,6 +91,7 @@ def methods(length: int) -> dict[str, Method]:
         Method(SpeculativeSampling(), ExpansionTrees(counts=COUNTS, children="independent")),
         Method(KSequence(), ExpansionTrees(counts=COUNTS, children="independent")),
         Method(RecursiveRejection(), ExpansionTrees(counts=COUNTS, children="distinct")),
+        Method(TraversalVerification(), ExpansionTrees(counts=COUNTS, children="distinct")),
         Method(Lenient(lenience=0.5), chain),
         Method(Lenient(lenience=0.5, form="square"), chain),
         Method(Lenient(lenience=0.5, form="exponential"), chain),

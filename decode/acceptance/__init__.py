@@ -7,6 +7,7 @@ from decode.acceptance.k_sequence import KSequence
 from decode.acceptance.lenient import Lenient
 from decode.acceptance.rollback import Rollback
 from decode.acceptance.sampling import SpeculativeSampling
+from decode.acceptance.traversal import TraversalVerification
 from decode.acceptance.typical import Typical
 from decode.acceptance.without_replacement import RecursiveRejection
 
@@ -20,5 +21,6 @@ __all__ = [
     "Rollback",
     "SpeculativeSampling",
     "TopTokens",
+    "TraversalVerification",
     "Typical",
 ]

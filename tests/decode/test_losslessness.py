@@ -23,6 +23,7 @@ from decode import Acceptance, Draft, SamplingParams
 from decode.acceptance.block import accept_block
 from decode.acceptance.k_sequence import accept_k_sequence, acceptance_level
 from decode.acceptance.sampling import accept_chain, accept_tree
+from decode.acceptance.traversal import accept_traversal
 from decode.acceptance.tree import Selection, Siblings, descend, one_by_one
 from decode.acceptance.without_replacement import accept_distinct, without
 from decode.sampling import draw, warp
@@ -89,6 +90,10 @@ RULES: dict[str, tuple[Rule, list[Shape]]] = {
     "block": (accept_block, [*CHAINS, Shape((1, 1)), Shape((1, 1, 1, 1))]),
     "tree": (accept_tree, [*CHAINS, *INDEPENDENT, *CERTAIN]),
     "k-sequence": (accept_k_sequence, [Shape((1, 1)), *INDEPENDENT]),
+    "traversal": (
+        accept_traversal,
+        [Shape((1, 1, 1)), Shape((3, 1)), Shape((2, 2)), *CERTAIN, *DISTINCT],
+    ),
     "without replacement": (accept_distinct, [*DISTINCT, Shape((1, 1), "distinct"), *CERTAIN]),
 }
 
@@ -511,6 +516,26 @@ def mean_accepted(rule: Rule, shape: Shape, pair: str = "random") -> float:
 def test_a_block_accepts_more_than_its_tokens_do_one_by_one():
     by_block = mean_accepted(accept_block, Shape((1, 1, 1)))
     assert by_block > mean_accepted(accept_chain, Shape((1, 1, 1))) + 0.01
+
+
+def test_a_tree_from_its_leaves_up_accepts_more_than_from_its_root_down():
+    for shape in (Shape((2, 2)), Shape((2, 2), "distinct")):
+        down = accept_tree if shape.drawn == "independent" else accept_distinct
+        assert mean_accepted(accept_traversal, shape) > mean_accepted(down, shape) + 0.01
+
+
+def test_on_a_chain_traversal_is_block_verification():
+    target, drafter = (warp(logits, PLAIN) for logits in PAIRS["random"])
+    generator = torch.Generator().manual_seed(2)
+    roots = torch.randint(0, 5, (5_000,), generator=generator)
+    draft = draft_of(roots, drafter, Shape((1, 1, 1, 1)), generator)
+    uniforms = torch.rand(draft.tokens.shape, generator=generator)
+    ours, theirs = (
+        rule(draft, target[draft.tokens], uniforms) for rule in (accept_traversal, accept_block)
+    )
+    assert torch.equal(ours.path, theirs.path)
+    assert torch.equal(ours.num_tried, theirs.num_tried)
+    assert float((ours.next_token == theirs.next_token).float().mean()) > 0.999  # but for rounding
 
 
 def test_siblings_that_differ_accept_more_than_ones_that_may_repeat():

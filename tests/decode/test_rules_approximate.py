@@ -18,6 +18,7 @@ from decode.acceptance import (
     Rollback,
     SpeculativeSampling,
     TopTokens,
+    TraversalVerification,
     Typical,
 )
 from decode.sampling import generator_for
@@ -69,7 +70,13 @@ def test_lossy_rules_say_so(rule):
 
 
 def test_the_others_say_what_they_are():
-    for rule in (SpeculativeSampling(), BlockVerification(), KSequence(), RecursiveRejection()):
+    for rule in (
+        SpeculativeSampling(),
+        BlockVerification(),
+        KSequence(),
+        RecursiveRejection(),
+        TraversalVerification(),
+    ):
         assert rule.exactness is Exactness.LOSSLESS
     assert Greedy().exactness is Exactness.GREEDY
 
