@@ -1,16 +1,20 @@
 """The speculative decoding runtime: any transformers causal LM, any drafter, exact by test."""
 
-from decode.cached_model import CachedModel, ModelOutput
-from decode.certificate import Certificate, Mismatch, certify, compare
-from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
-from decode.draft import Draft
-from decode.layout import lay_out_for_decoding
-from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
-from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
-from decode.sampling import SamplingBatch, SamplingParams
-from decode.stats import GenerationStats, StepTrace
-from decode.target import Target, check_supported
-from decode.tokenizers import check_tokenizers, tokenizer_hash
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decode.cached_model import CachedModel, ModelOutput
+    from decode.certificate import Certificate, Mismatch, certify, compare
+    from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
+    from decode.draft import Draft
+    from decode.layout import lay_out_for_decoding
+    from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
+    from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
+    from decode.sampling import SamplingBatch, SamplingParams
+    from decode.stats import GenerationStats, StepTrace
+    from decode.target import Target, check_supported
+    from decode.tokenizers import check_tokenizers, tokenizer_hash
 
 __all__ = [
     "Acceptance",
@@ -43,3 +47,28 @@ __all__ = [
     "plan_without_gaps",
     "tokenizer_hash",
 ]
+
+_MODULES = (
+    "cached_model",
+    "certificate",
+    "decoder",
+    "draft",
+    "layout",
+    "planner",
+    "protocols",
+    "sampling",
+    "stats",
+    "target",
+    "tokenizers",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is asked for: the suffix index alone needs no torch."""
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(import_module(f"decode.{module}"), name, None)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module 'decode' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = {"decode", "decode.acceptance", "decode.drafters", "decode.models"}
+PUBLIC = {"decode", "decode.acceptance", "decode.drafters", "decode.models", "decode.suffix"}
 NOT_FOR_DECODE = {
     "accelerate", "datasets", "distill", "hydra", "omegaconf", "peft", "tensorboard", "wandb",
 }  # fmt: skip

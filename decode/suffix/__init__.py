@@ -1,0 +1,5 @@
+"""Drafting from text that was seen before (SuffixDecoding, Oliaro et al. 2024)."""
+
+from decode.suffix.cache import SuffixDecodingCache, SuffixDraft
+
+__all__ = ["SuffixDecodingCache", "SuffixDraft"]

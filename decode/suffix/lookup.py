@@ -1,0 +1,391 @@
+"""Compiled functions that draft from suffix trees (SuffixDecoding, Oliaro et al. 2024).
+
+For every suffix of the context that occurs in a tree, what followed it there is expanded by its
+estimated chance of acceptance D: 1 at the match, and at a child its parent's times the share of the
+occurrences that went on to it. The draft with the greatest sum of D wins, and among equals the one
+behind the longer match, and the tree of the request itself. Long matches are tried first; a shorter
+one is expanded only while its bound, as many tokens as it may draft, can still win.
+
+A place in a tree is a node, the position of the next token on an edge, and the tokens left there.
+All arithmetic is in 32-bit floats.
+"""
+
+import numpy as np
+
+from decode.suffix.children import class_of, find, find_root, length_of, size_of
+from decode.suffix.compiled import floats_at, longs_at, njit, words_at
+from decode.suffix.layout import (
+    BLOCK,
+    BLOCK_SIZES,
+    COUNT,
+    DEPTH,
+    ENTRIES,
+    LAST,
+    LENGTH,
+    MATCHED,
+    NODE_WORDS,
+    NODES,
+    PAGES,
+    REF,
+    ROOTS,
+    SLOT_WORDS,
+    SLOTS,
+    TEXT,
+)
+from decode.suffix.text import ends_with, step
+
+ITEM_WORDS = 6  # of a place that waits in the heap: itself, its parent in the draft, its depth
+LEAF = -1  # the node of a place on the way to a leaf
+
+BREADTH = 16  # children looked at, where fewer could be drafted: they decide among equals
+
+
+@njit
+def draft_chain(header, node, position, left, depth, most, least, tokens, parents, probs):
+    """Always the most frequent child.
+
+    Args:
+        header: of the tree.
+        node: the place to start from, with `position` and `left`.
+        position: of the next token on the edge.
+        left: tokens left on it.
+        depth: tokens above the place.
+        most: tokens at most.
+        least: where D falls under it the draft ends.
+        tokens: where the drafted tokens go.
+        parents: where the number of the token before each goes, -1 for the context.
+        probs: where D of each goes.
+
+    Returns:
+        Its length and its score.
+    """
+    text = words_at(header[TEXT])
+    pages = words_at(header[PAGES])
+    nodes = words_at(header[NODES])
+    entries = words_at(header[ENTRIES])
+    size = 0
+    prob, score = np.float32(1.0), np.float32(0.0)
+    while size < most and prob >= least:
+        if left > 0:
+            tokens[size] = text[position]
+            parents[size] = size - 1
+            probs[size] = prob
+            score += prob
+            size += 1
+            left -= 1
+            if left > 0:
+                position = step(pages, position)
+                if position < 0:
+                    left = 0
+            continue
+        if node == LEAF or size_of(nodes, node) == 0:
+            break
+        at = node * NODE_WORDS
+        block = nodes[at + BLOCK]
+        room = BLOCK_SIZES[class_of(nodes, node)]
+        prob = np.float32(
+            prob * np.float32(np.float32(entries[block + room]) / np.float32(nodes[at + COUNT]))
+        )
+        child = entries[block + 2 * room]
+        if child < 0:
+            node, position, left = LEAF, ~child, header[DEPTH] - depth - size
+        else:
+            node = child
+            position, left = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
+    return size, score
+
+
+@njit
+def sift_up(heap, chances, place):
+    """Restore the order of a heap whose item at `place` may be too large."""
+    item = heap[ITEM_WORDS * place]
+    while place > 0:
+        above = (place - 1) // 2
+        if not chances[heap[ITEM_WORDS * above]] < chances[item]:
+            break
+        heap[ITEM_WORDS * place] = heap[ITEM_WORDS * above]
+        place = above
+    heap[ITEM_WORDS * place] = item
+
+
+@njit
+def pop(heap, chances, size):
+    """Take the first item off a heap of `size`: the hole sinks to the bottom and is filled."""
+    first, last = heap[0], heap[ITEM_WORDS * (size - 1)]
+    size -= 1
+    hole = 0
+    while 2 * hole + 2 < size:
+        below = 2 * hole + 2
+        if chances[heap[ITEM_WORDS * below]] < chances[heap[ITEM_WORDS * (below - 1)]]:
+            below -= 1
+        heap[ITEM_WORDS * hole] = heap[ITEM_WORDS * below]
+        hole = below
+    if 2 * hole + 2 == size:
+        heap[ITEM_WORDS * hole] = heap[ITEM_WORDS * (2 * hole + 1)]
+        hole = 2 * hole + 1
+    heap[ITEM_WORDS * hole] = last
+    sift_up(heap, chances, hole)
+    return first
+
+
+@njit
+def put(items, item, node, position, left, parent, depth):
+    """Write down a place that waits."""
+    at = ITEM_WORDS * item
+    items[at + 1] = node
+    items[at + 2] = position
+    items[at + 3] = left
+    items[at + 4] = parent
+    items[at + 5] = depth
+
+
+@njit
+def draft_tree(
+    header, node, position, left, depth, most, least, tokens, parents, probs, items, chances
+):
+    """Again and again the child with the greatest D; arguments as of `draft_chain`.
+
+    `items` and `chances` are working memory. The first word of each row of `items` is the heap's:
+    the numbers of the items that wait.
+    """
+    text = words_at(header[TEXT])
+    pages = words_at(header[PAGES])
+    nodes = words_at(header[NODES])
+    entries = words_at(header[ENTRIES])
+    size, score = 0, np.float32(0.0)
+    put(items, 0, node, position, left, -1, depth)
+    chances[0] = 1.0
+    items[0] = 0
+    waiting, used = 1, 1
+    while size < most and waiting > 0:
+        item = pop(items, chances, waiting)
+        waiting -= 1
+        prob = chances[item]
+        at = ITEM_WORDS * item
+        node, position, left = items[at + 1], items[at + 2], items[at + 3]
+        parent, depth = items[at + 4], items[at + 5]
+        if left > 0:
+            tokens[size] = text[position]
+            parents[size] = parent
+            probs[size] = prob
+            score += prob
+            left -= 1
+            if left > 0:
+                position = step(pages, position)
+                if position < 0:
+                    left = 0
+            put(items, item, node, position, left, size, depth + 1)
+            size += 1
+            items[ITEM_WORDS * waiting] = item
+            sift_up(items, chances, waiting)
+            waiting += 1
+            continue
+        if node == LEAF:
+            continue
+        block = nodes[node * NODE_WORDS + BLOCK]
+        room = BLOCK_SIZES[class_of(nodes, node)]
+        count = np.float32(nodes[node * NODE_WORDS + COUNT])
+        for index in range(min(size_of(nodes, node), max(most - size, BREADTH))):
+            below = np.float32(np.float32(prob * np.float32(entries[block + room + index])) / count)
+            if below < least:
+                break
+            child = entries[block + 2 * room + index]
+            if child < 0:
+                put(items, used, LEAF, ~child, header[DEPTH] - depth, parent, depth)
+            else:
+                ref, length = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
+                put(items, used, child, ref, length, parent, depth)
+            chances[used] = below
+            items[ITEM_WORDS * waiting] = used
+            sift_up(items, chances, waiting)
+            waiting += 1
+            used += 1
+    return size, score
+
+
+@njit
+def match(header, context, length):
+    """The place behind the last `length` tokens of `context`: (found, node, position, left)."""
+    text = words_at(header[TEXT])
+    pages = words_at(header[PAGES])
+    nodes = words_at(header[NODES])
+    entries = words_at(header[ENTRIES])
+    roots = words_at(header[ROOTS])
+    node, position, left = 0, -1, 0
+    for depth in range(length):
+        token = context[len(context) - length + depth]
+        if left == 0:
+            if node == LEAF:
+                return False, node, position, left
+            if node == 0:
+                child = roots[2 * find_root(header, token) + 1]
+                if child == 0:
+                    return False, node, position, left
+            else:
+                at = node * NODE_WORDS
+                index = find(entries, nodes[at + BLOCK], size_of(nodes, node), token)
+                if index < 0:
+                    return False, node, position, left
+                room = BLOCK_SIZES[class_of(nodes, node)]
+                child = entries[nodes[at + BLOCK] + 2 * room + index]
+            if child < 0:
+                node, position, left = LEAF, ~child, header[DEPTH] - depth
+            else:
+                node = child
+                position, left = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
+        if text[position] != token:
+            return False, node, position, left
+        left -= 1
+        if left > 0:
+            position = step(pages, position)
+            if position < 0:
+                left = 0
+    return True, node, position, left
+
+
+@njit
+def speculate(
+    header,
+    slot,
+    context,
+    follows,
+    most,
+    factor,
+    offset,
+    least,
+    as_tree,
+    best,
+    capacity,
+    drafts,
+    probs,
+    items,
+    chances,
+):
+    """The best draft of one tree, if it is better than `best`.
+
+    Args:
+        header: of the tree.
+        slot: of the sequence that grows in it, -1 for none.
+        context: [n] int32 the last tokens.
+        follows: how many of them this sequence has seen (the local tree: all; the global one: none
+            of the prompt).
+        most: tokens per draft at most.
+        factor: tokens per matched token, and `offset` besides.
+        offset: see `factor`.
+        least: least D of a drafted token.
+        as_tree: or a chain.
+        best: score to beat.
+        capacity: tokens that a draft has room for in what follows.
+        drafts: [2, 2, capacity] tokens and parents; the result is in the first half.
+        probs: [2, capacity] their probabilities, likewise.
+        items: working memory, with `chances`.
+        chances: see `items`.
+
+    Returns:
+        Tokens drafted, their score and the length of the match; (-1, best, 0) for nothing better.
+    """
+    nodes = words_at(header[NODES])
+    entries = words_at(header[ENTRIES])
+    slots = words_at(header[SLOTS])
+    tokens, parents = words_at(drafts + 8 * capacity), words_at(drafts + 12 * capacity)
+    best_tokens, best_parents = words_at(drafts), words_at(drafts + 4 * capacity)
+    best_probs, new_probs = floats_at(probs), floats_at(probs + 4 * capacity)
+    waiting, likely = longs_at(items), floats_at(chances)
+    longest = min(len(context), header[DEPTH] + 1) - 1
+    suffixes = slot * (SLOT_WORDS + header[DEPTH] + 1) + SLOT_WORDS
+    matched = 0
+    if slot >= 0:
+        matched = min(slots[suffixes - SLOT_WORDS + MATCHED], follows)
+    known = min(matched, longest)
+    if matched == follows:  # else a longer suffix occurs once, at the end of itself
+        while known < longest and match(header, context, known + 1)[0]:
+            known += 1
+    size, found = -1, 0
+    for length in range(known, 0, -1):
+        allowed = max(min(most, int(length * factor + offset + 1e-6)), 0)
+        if allowed <= best:
+            break
+        if length <= matched:
+            node, position, left = int(slots[suffixes + length]), -1, 0
+            at = node * NODE_WORDS
+            if size_of(nodes, node) == 0:
+                continue
+            first = entries[nodes[at + BLOCK] + BLOCK_SIZES[class_of(nodes, node)]]
+            if first < nodes[at + COUNT] and 1.0001 * allowed * first / nodes[at + COUNT] <= best:
+                continue
+        else:
+            _, node, position, left = match(header, context, length)
+        if as_tree:
+            drafted, score = draft_tree(
+                header, node, position, left, length, allowed, least,
+                tokens, parents, new_probs, waiting, likely,
+            )  # fmt: skip
+        else:
+            drafted, score = draft_chain(
+                header, node, position, left, length, allowed, least, tokens, parents, new_probs
+            )
+        if score > best:
+            size, best, found = drafted, score, length
+            for index in range(size):
+                best_tokens[index] = tokens[index]
+                best_parents[index] = parents[index]
+                best_probs[index] = new_probs[index]
+    return size, best, found
+
+
+@njit
+def speculate_both(
+    own_address,
+    shared_address,
+    slot,
+    context,
+    most,
+    factor,
+    offset,
+    least,
+    as_tree,
+    capacity,
+    drafts,
+    probs,
+    items,
+    chances,
+):
+    """The better of the request's own tree and the shared one.
+
+    Args:
+        own_address: of the header of the request's tree: slot 0 holds its prompt and output.
+        shared_address: of the header of the global tree.
+        slot: of the request's output in it, -1 where it is not kept.
+        context: see `speculate` for this and what follows.
+        most: tokens per draft at most.
+        factor: tokens per matched token, and `offset` besides.
+        offset: see `factor`.
+        least: least D of a drafted token.
+        as_tree: or a chain.
+        capacity: tokens that a draft has room for.
+        drafts: address of room for the draft; likewise the others.
+        probs: see `drafts`.
+        items: see `drafts`.
+        chances: see `drafts`.
+    """
+    own, shared = longs_at(own_address), longs_at(shared_address)
+    size, score, found = 0, np.float32(0.0), 0
+    own_slot, own_seen, seen = 0, len(context), 0
+    if not ends_with(own, words_at(own[SLOTS])[LAST], context):
+        own_slot, own_seen, slot = -1, 0, -1  # asked about another text than the request's own end
+    if slot >= 0:
+        rows = words_at(shared[SLOTS])
+        seen = min(len(context), rows[slot * (SLOT_WORDS + shared[DEPTH] + 1) + LENGTH])
+    drafted, better, length = speculate(
+        own, own_slot, context, own_seen, most, factor, offset, least, as_tree, score,
+        capacity, drafts, probs, items, chances,
+    )  # fmt: skip
+    if drafted >= 0:
+        size, score, found = drafted, better, length
+    drafted, better, length = speculate(
+        shared, slot, context, seen, most, factor, offset, least, as_tree, score,
+        capacity, drafts, probs, items, chances,
+    )  # fmt: skip
+    if drafted >= 0:
+        size, score, found = drafted, better, length
+    return size, score, found
