@@ -428,7 +428,7 @@ class SpeculativeDecoder:
 
     def _leave(self, sequence: _Sequence) -> None:
         self.target.release(sequence.slot)
-        self.drafter.end(sequence.slot)
+        self.drafter.end(sequence.slot, sequence.output)
         self._free = sorted([*self._free, sequence.slot])
 
     def _now(self) -> float:

@@ -1,7 +1,7 @@
 """What plugs into the decoder: drafters and acceptance rules, and what passes between them."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -87,8 +87,8 @@ class Drafter(Protocol):
         """The outcome of the step: roll back what was rejected, learn online."""
         return
 
-    def end(self, slot: int) -> None:
-        """The sequence in `slot` is finished."""
+    def end(self, slot: int, output: Sequence[int]) -> None:
+        """The sequence in `slot` is finished with this output."""
         return
 
 

@@ -1,15 +1,11 @@
 """`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
 
 import hashlib
-import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +28,11 @@ from decode import (
     lay_out_for_decoding,
 )
 from decode.acceptance import SpeculativeSampling
-from decode.drafters import Drafting, NoDrafter, load_drafter
+from decode.drafters import Drafting, ModelFree, NoDrafter, load_drafter
 from distill.config import command
 from distill.drafter_folder import check_target, find_drafter, read_description
 from distill.errors import UserError
+from distill.measure import Learner, Mode, measure
 from distill.progress import Progress
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.report.bootstrap import FEW
@@ -44,7 +41,6 @@ from distill.report.figures import (
     TRANSFORMERS,
     DrafterFigures,
     Measurement,
-    Output,
     figures,
 )
 from distill.report.html import page, passages_of
@@ -52,8 +48,6 @@ from distill.report.plots import all_plots, save
 from distill.report.tables import as_csv, as_json, markdown, step_times, terminal, verdicts
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
 from distill.target import LoadedTarget, TargetSettings
-
-Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +57,8 @@ class Evaluate:
     Attributes:
         target: whose output is to be had faster.
         drafters: name -> checkpoint folder; the first is the one others are paired with.
+        model_free: name -> how to draft without a model; these come behind the drafters. What
+            learns from outputs begins with none and learns in the order of the prompts.
         prompts: what is continued.
         sampling: how.
         acceptance: the rule.
@@ -81,7 +77,8 @@ class Evaluate:
     """
 
     target: TargetSettings = field(default_factory=TargetSettings)
-    drafters: dict[str, str]
+    drafters: dict[str, str] = field(default_factory=dict)
+    model_free: dict[str, ModelFree] = field(default_factory=dict)
     prompts: PromptSettings = field(
         default_factory=lambda: StandardLibraryPrompts(split="evaluate", limit=32)
     )
@@ -106,13 +103,7 @@ class Evaluate:
             UserError: a drafter is unfinished or of another target, there are too few prompts, or
                 the folder holds other work.
         """
-        if not self.drafters or {AUTOREGRESSIVE, TRANSFORMERS} & self.drafters.keys():
-            raise UserError(
-                "there is no drafter to evaluate"
-                if not self.drafters
-                else f"a drafter cannot be called {AUTOREGRESSIVE!r} or {TRANSFORMERS!r}",
-                hint="name one: drafters.mine=FOLDER",
-            )
+        self._check_names()
         folders = {name: find_drafter(path) for name, path in self.drafters.items()}
         settings = self._settings(folders)
         folder = RunFolder(self.output, settings)
@@ -130,11 +121,19 @@ class Evaluate:
         loaded = self._load_drafters(target, wrapped, folders)
         certificates = self._certify(wrapped, loaded, prompts) if self.certify else {}
         modes = self._modes(target, wrapped, loaded)
-        measurements = self._measure(modes, prompts)
+        units = [
+            prompts[begin : begin + self.batch_size]
+            for begin in range(0, len(prompts), self.batch_size)
+        ]
+        learners = {
+            name: drafter for name, drafter in loaded.items() if isinstance(drafter, Learner)
+        }
+        journal = self.output / "measurements.jsonl"
+        measurements = measure(modes, units, self.repeats, journal, learners)
         ties = self._compare(target, measurements, prompts)
         drafters = figures(
             measurements,
-            list(self.drafters),
+            self.names,
             is_greedy=self.sampling.temperature == 0,
             ties=ties,
             num_resamples=self.num_resamples,
@@ -148,6 +147,22 @@ class Evaluate:
             print("These are few prompts: the intervals are too narrow; give more.")
         print(f"report: {report}")
         return report
+
+    @property
+    def names(self) -> list[str]:
+        """Of all drafters, in the order of the tables."""
+        return [*self.drafters, *self.model_free]
+
+    def _check_names(self) -> None:
+        if not self.names:
+            raise UserError(
+                "there is no drafter to evaluate",
+                hint="name one: drafters.mine=FOLDER or, without a model, model_free=[suffix]",
+            )
+        if {AUTOREGRESSIVE, TRANSFORMERS} & set(self.names):
+            raise UserError(f"a drafter cannot be called {AUTOREGRESSIVE!r} or {TRANSFORMERS!r}")
+        if twice := self.drafters.keys() & self.model_free.keys():
+            raise UserError(f"two drafters are called {min(twice)!r}")
 
     def _settings(self, folders: Mapping[str, str]) -> dict[str, Any]:
         """What decides the figures, the drafters' descriptions included."""
@@ -195,6 +210,11 @@ class Evaluate:
                 )
             except ValueError as error:
                 raise UserError(str(error), hint=f"check drafters.{name}") from error
+        for name, settings in self.model_free.items():
+            try:
+                drafters[name] = settings.build()
+            except ValueError as error:
+                raise UserError(str(error), hint=f"check model_free.{name}") from error
         return drafters
 
     def _certify(
@@ -284,43 +304,12 @@ class Evaluate:
 
         return run
 
-    def _measure(self, modes: Mapping[str, Mode], prompts: Sequence[Prompt]) -> list[Measurement]:
-        """Every mode on every unit; each line of measurements.jsonl is on disk as it comes."""
-        units = [
-            prompts[begin : begin + self.batch_size]
-            for begin in range(0, len(prompts), self.batch_size)
-        ]
-        journal = self.output / "measurements.jsonl"
-        done = read_journal(journal)
-        measured = {(m.unit, m.mode, m.repeat) for m in done}
-        if len(measured) < len(units) * len(modes) * self.repeats:
-            for run in modes.values():  # what is slow only once is not measured
-                run(units[0])
-        total = len(units) * len(modes) * self.repeats
-        with journal.open("a") as file, Progress(total, unit="runs", label="evaluate") as progress:
-            progress.skip(len(measured))
-            for repeat in range(self.repeats):
-                for index, unit in enumerate(units):
-                    # No mode always comes first, or behind the same other.
-                    names = list(modes)
-                    shift = (index + repeat) % len(names)
-                    for name in names[shift:] + names[:shift]:
-                        if (index, name, repeat) in measured:
-                            continue
-                        results, seconds = modes[name](unit)
-                        done.append(_measurement(index, name, repeat, results, seconds))
-                        file.write(json.dumps(asdict(done[-1])) + "\n")
-                        file.flush()
-                        progress.advance(1)
-            os.fsync(file.fileno())
-        return done
-
     def _compare(
         self, target: LoadedTarget, measurements: Sequence[Measurement], prompts: Sequence[Prompt]
     ) -> dict[str, tuple[int, int]]:
         """Greedy outputs against the autoregressive ones: mismatches, and near ties among them."""
         if self.sampling.temperature > 0:
-            return dict.fromkeys(self.drafters, (0, 0))
+            return dict.fromkeys(self.names, (0, 0))
         outputs = {
             (m.mode, output.prompt_id): output.tokens
             for m in measurements
@@ -328,7 +317,7 @@ class Evaluate:
             for output in m.outputs
         }
         ties = {}
-        for name in self.drafters:
+        for name in self.names:
             found = [
                 compare(
                     target.model, p.id, p.ids, outputs[AUTOREGRESSIVE, p.id], outputs[name, p.id]
@@ -356,8 +345,10 @@ class Evaluate:
             "command": command_line(),
             "target": f"{target.path} ({target.fingerprint})",
             "drafters": ", ".join(
-                f"{name}: {path} ({settings['weights'][name]})"
-                for name, path in self.drafters.items()
+                [
+                    *(f"{n}: {p} ({settings['weights'][n]})" for n, p in self.drafters.items()),
+                    *(f"{n}: {settings}" for n, settings in self.model_free.items()),
+                ]
             ),
             "prompts": f"{len(prompts)}, {self.prompts}",
             "sampling": self.sampling,
@@ -376,7 +367,7 @@ class Evaluate:
         }
         times = step_times(
             measurements,
-            [AUTOREGRESSIVE, *self.drafters],
+            [AUTOREGRESSIVE, *self.names],
             num_resamples=self.num_resamples,
             seed=self.seed,
         )
@@ -430,43 +421,6 @@ def weights_hash(folder: Path) -> str | None:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16] if files else None
-
-
-def read_journal(path: Path) -> list[Measurement]:
-    """The measurements on disk; a last line that a kill cut short is dropped from the file too."""
-    if not path.is_file():
-        return []
-    found, whole = [], 0
-    with path.open("rb") as lines:
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            record = json.loads(line)
-            record["outputs"] = [Output(**output) for output in record["outputs"]]
-            found.append(Measurement(**record))
-            whole += len(line)
-    os.truncate(path, whole)
-    return found
-
-
-def _measurement(
-    unit: int, mode: str, repeat: int, results: Sequence[GenerationResult], seconds: float
-) -> Measurement:
-    stats = reduce(add, (result.stats for result in results))
-    counts = asdict(stats)
-    split = counts.pop("seconds")
-    outputs = [
-        Output(
-            result.request_id,
-            result.tokens,
-            [
-                [s.num_drafted, s.num_accepted, s.num_emitted, int(s.reached_leaf)]
-                for s in result.steps
-            ],
-        )
-        for result in results
-    ]
-    return Measurement(unit, mode, repeat, seconds, split, counts, outputs)
 
 
 main = command("evaluate", Evaluate)

@@ -8,15 +8,20 @@ from decode.drafters.drafting import (
     DynamicTrees,
     ExpansionTrees,
     HeuristicChains,
+    HybridChains,
     PlannedTrees,
 )
+from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
 from decode.drafters.merged import MergedDrafter
+from decode.drafters.model_free import ModelFree, PromptLookup, SuffixDrafts
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
+from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.suffix import SuffixDrafter
 
 __all__ = [
     "Chains",
@@ -27,13 +32,20 @@ __all__ = [
     "DynamicTrees",
     "ExpansionTrees",
     "HeuristicChains",
+    "HybridChains",
+    "HybridDrafter",
     "IndependentChildren",
     "LMDrafter",
     "LMTreeDrafter",
     "LikeliestChildren",
     "LikeliestPaths",
     "MergedDrafter",
+    "ModelFree",
     "NoDrafter",
     "PlannedTrees",
+    "PromptLookup",
+    "PromptLookupDrafter",
+    "SuffixDrafter",
+    "SuffixDrafts",
     "load_drafter",
 ]

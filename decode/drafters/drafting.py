@@ -1,7 +1,7 @@
 """How a language model drafts, as settings: each builds the drafter of one checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from decode.cost import measure_costs
 from decode.draft_length import Confidence, Constant, CostAware, Heuristic
 from decode.drafters.growing import TreeShape
+from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
+from decode.drafters.model_free import SuffixDrafts
 from decode.drafters.planned_trees import (
     DistinctChildren,
     IndependentChildren,
@@ -20,6 +22,8 @@ from decode.drafters.planned_trees import (
 from decode.planner import TreePlan
 from decode.protocols import Drafter
 from decode.target import Target
+
+LONGEST_TIMED = 16  # a longer suffix draft is taken to cost as much
 
 
 class Drafting(Protocol):
@@ -104,6 +108,37 @@ class CostAwareChains:
         costs = measure_costs(target.cached, drafter.reader.cached, self.longest)
         drafter.length = CostAware(costs)
         return drafter
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridChains:
+    """Text that was seen before where it promises more, chains of the model elsewhere.
+
+    Sampled outputs follow the target's distribution as ever. Without a threshold their draws depend
+    on costs that are timed at the start.
+
+    Attributes:
+        suffix: how suffixes are drafted.
+        length: tokens that the model drafts.
+        threshold: accepted tokens to expect of a suffix draft; None learns it.
+    """
+
+    suffix: SuffixDrafts = field(default_factory=SuffixDrafts)
+    length: int = 3
+    threshold: float | None = None
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter; the forwards of both models are timed first."""
+        trained = LMDrafter(model, target=target, draft_length=self.length)
+        longest = max(self.length, min(self.suffix.max_tokens, LONGEST_TIMED))
+        costs = measure_costs(target.cached, trained.reader.cached, longest)
+        return HybridDrafter(
+            self.suffix.build(),
+            trained,
+            costs=costs,
+            length=self.length,
+            threshold=self.threshold,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Leviathan et al. 2023 and Chen et al. 2023: greedy sequences draft greedily, sam
 from the drafter under the same temperature, top-k and top-p.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class LMDrafter(Drafter):
         confidences = [self._confidences.get(slot, []) for slot in slots]
         self.length.observe(slots, drafted, accepted, confidences)
 
-    def end(self, slot: int) -> None:
+    def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""
         self.reader.cache.release(slot)
 

@@ -1,6 +1,6 @@
 """An independent causal LM drafts trees, level by level."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class LMTreeDrafter(Drafter):
         paths = torch.tensor([row + [0] * (width - len(row)) for row in kept], dtype=torch.long)
         self.reader.cache.commit(slots, counts, paths.to(self.reader.device))
 
-    def end(self, slot: int) -> None:
+    def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""
         self._places.pop(slot, None)
         self.reader.cache.release(slot)

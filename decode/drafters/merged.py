@@ -77,10 +77,10 @@ class MergedDrafter(Drafter):
             drafter.observe(context, own, _of_own(own, acceptance, places))
         self._drafts = []
 
-    def end(self, slot: int) -> None:
+    def end(self, slot: int, output: Sequence[int]) -> None:
         """The sequence in `slot` is finished."""
         for drafter in self.drafters:
-            drafter.end(slot)
+            drafter.end(slot, output)
 
 
 def _of_own(own: Draft, merged: Acceptance, places: list[list[int]] | None) -> Acceptance:

@@ -17,6 +17,7 @@ from decode.suffix.lookup import BREADTH, ITEM_WORDS, speculate_both
 from decode.suffix.text import release_pages
 
 Tokens = np.ndarray | Sequence[int]
+SOURCES = ("both", "own", "past")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,7 @@ class SuffixDecodingCache:
         max_spec_offset: float = 0.0,
         min_token_prob: float = 0.1,
         use_tree_spec: bool = False,
+        sources: str = "both",
     ) -> SuffixDraft:
         """The draft of the greatest score behind `context`.
 
@@ -218,10 +220,14 @@ class SuffixDecodingCache:
             max_spec_offset: tokens besides.
             min_token_prob: least estimated chance of acceptance of a drafted token.
             use_tree_spec: draft a tree instead of a chain.
+            sources: "own" looks in the request's prompt and output only, "past" in the outputs of
+                all requests only.
 
         Raises:
-            ValueError: the request is not active.
+            ValueError: the request is not active, or there is no such source.
         """
+        if sources not in SOURCES:
+            raise ValueError(f"sources must be one of {', '.join(SOURCES)}, got {sources!r}")
         with self._lock:
             arena = self._local.get(req_id)
             if arena is None:
@@ -241,6 +247,8 @@ class SuffixDecodingCache:
                 max_spec_offset,
                 np.float32(min_token_prob),
                 use_tree_spec,
+                sources != "past",
+                sources != "own",
                 *self._room.all,
             )
             if size == 0:
@@ -310,9 +318,8 @@ def compile_all() -> None:
         extend_both(own.address, shared.address, 0, tokens)
         extend(own.address, 0, tokens, 2)
         room = _WorkingMemory(4)
-        speculate_both(
-            own.address, shared.address, 0, tokens, 4, 1.0, 0.0, np.float32(0.1), True, *room.all
-        )  # fmt: skip
+        limits = (4, 1.0, 0.0, np.float32(0.1))
+        speculate_both(own.address, shared.address, 0, tokens, *limits, True, True, True, *room.all)
         first, count = close_slot(shared.address, 0)
         remove(shared.address, first * PAGE, count)
         release_pages(shared.address, first)

@@ -344,6 +344,8 @@ def speculate_both(
     offset,
     least,
     as_tree,
+    in_own,
+    in_shared,
     capacity,
     drafts,
     probs,
@@ -362,6 +364,8 @@ def speculate_both(
         offset: see `factor`.
         least: least D of a drafted token.
         as_tree: or a chain.
+        in_own: whether to look there.
+        in_shared: whether to look there.
         capacity: tokens that a draft has room for.
         drafts: address of room for the draft; likewise the others.
         probs: see `drafts`.
@@ -376,16 +380,18 @@ def speculate_both(
     if slot >= 0:
         rows = words_at(shared[SLOTS])
         seen = min(len(context), rows[slot * (SLOT_WORDS + shared[DEPTH] + 1) + LENGTH])
-    drafted, better, length = speculate(
-        own, own_slot, context, own_seen, most, factor, offset, least, as_tree, score,
-        capacity, drafts, probs, items, chances,
-    )  # fmt: skip
-    if drafted >= 0:
-        size, score, found = drafted, better, length
-    drafted, better, length = speculate(
-        shared, slot, context, seen, most, factor, offset, least, as_tree, score,
-        capacity, drafts, probs, items, chances,
-    )  # fmt: skip
-    if drafted >= 0:
-        size, score, found = drafted, better, length
+    if in_own:
+        drafted, better, length = speculate(
+            own, own_slot, context, own_seen, most, factor, offset, least, as_tree, score,
+            capacity, drafts, probs, items, chances,
+        )  # fmt: skip
+        if drafted >= 0:
+            size, score, found = drafted, better, length
+    if in_shared:
+        drafted, better, length = speculate(
+            shared, slot, context, seen, most, factor, offset, least, as_tree, score,
+            capacity, drafts, probs, items, chances,
+        )  # fmt: skip
+        if drafted >= 0:
+            size, score, found = drafted, better, length
     return size, score, found

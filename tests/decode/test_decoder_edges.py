@@ -519,8 +519,8 @@ class Recording(LMDrafter):
             assert not new[:, fresh:].any(), "padding"
         return super().propose(context)
 
-    def end(self, slot: int) -> None:
-        super().end(slot)
+    def end(self, slot: int, output: list[int]) -> None:
+        super().end(slot, output)
         states = torch.cat(self.states.pop(slot), dim=1)
         self.finished.append((self.texts.pop(slot), states))
 

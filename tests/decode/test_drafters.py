@@ -297,7 +297,7 @@ def test_sequences_come_and_go(make, prompt, params):
     context = context_of(first, params=params)
     draft = drafter.propose(context)
     drafter.observe(context, draft, accept(draft, [0, 0, 0], 33))
-    drafter.end(1)
+    drafter.end(1, [])
     second = [[*first[0], 33], prompt(3), [*first[2], 33]]
     drafter.begin(1, torch.tensor(second[1]), {})
     fresh = make()

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decode import SamplingParams
 from decode.acceptance import TopTokens
-from decode.drafters import ExpansionTrees
+from decode.drafters import ExpansionTrees, PromptLookup, SuffixDrafts
 from distill.drafter_folder import find_drafter
 from distill.errors import UserError
-from distill.evaluate import Evaluate, read_journal
+from distill.evaluate import Evaluate
+from distill.measure import read_journal
 from distill.prompts import DatasetPrompts
 from distill.report.html import marks, token_texts
 from distill.target import TargetSettings
@@ -106,6 +107,39 @@ def test_a_killed_evaluation_goes_on_where_it_was(folders: Path, tmp_path: Path)
     assert [(m.unit, m.mode, m.outputs) for m in done] == [
         (m.unit, m.mode, m.outputs) for m in whole
     ]
+
+
+def test_drafting_without_a_model_learns_in_order_also_after_a_kill(
+    folders: Path, tmp_path: Path
+) -> None:
+    def without_model(output: Path) -> Evaluate:
+        free = {"suffix": SuffixDrafts(), "lookup": PromptLookup()}
+        return evaluation(folders, output, drafters={}, model_free=free, repeats=2, certify=True)
+
+    without_model(tmp_path / "whole").run()
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())["drafters"]
+    assert list(results) == ["suffix", "lookup"]
+    whole = read_journal(tmp_path / "whole" / "measurements.jsonl")
+    steps = {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in whole}
+    # What was learnt before measuring, or in the first timing, does not count in the second.
+    assert all(steps[unit, mode, 0] == steps[unit, mode, 1] for unit, mode, _ in steps)
+    lines = (tmp_path / "whole" / "measurements.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "measurements.jsonl").write_text("".join(lines[:13]))
+    without_model(tmp_path / "cut").run()
+    again = read_journal(tmp_path / "cut" / "measurements.jsonl")
+    assert {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in again} == steps
+
+
+def test_drafters_need_names_of_their_own(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no drafter to evaluate"):
+        evaluation(folders, tmp_path, drafters={}).run()
+    with pytest.raises(UserError, match="two drafters are called 'good'"):
+        evaluation(folders, tmp_path, model_free={"good": PromptLookup()}).run()
+    with pytest.raises(UserError, match="cannot be called 'autoregressive'"):
+        evaluation(folders, tmp_path, model_free={"autoregressive": PromptLookup()}).run()
+    with pytest.raises(UserError, match="max_tree_depth"):
+        evaluation(folders, tmp_path, model_free={"mine": SuffixDrafts(depth=0)}).run()
 
 
 def test_sampling_and_batches(folders: Path, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Drafters that need no model, as settings."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.suffix import SuffixDrafter
+from decode.protocols import Drafter
+
+
+class ModelFree(Protocol):
+    """A way of drafting without a model; one of the classes below."""
+
+    def build(self) -> Drafter:
+        """A drafter that has seen nothing yet."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuffixDrafts:
+    """SuffixDecoding: prompt, output, and the outputs of earlier requests.
+
+    Attributes:
+        max_tokens: per draft.
+        factor: tokens drafted per matched token; 1 to 4.
+        offset: tokens besides.
+        min_prob: least estimated chance of acceptance of a drafted token.
+        as_tree: draft trees instead of chains.
+        sources: "both", "own" (prompt and output) or "past" (outputs, this one's included).
+        depth: tokens of match and draft together.
+        max_cached_tokens: of past outputs, the oldest go first; -1 for all.
+    """
+
+    max_tokens: int = 32
+    factor: float = 1.0
+    offset: float = 0.0
+    min_prob: float = 0.1
+    as_tree: bool = False
+    sources: str = "both"
+    depth: int = 64
+    max_cached_tokens: int = -1
+
+    def build(self) -> SuffixDrafter:
+        """Its drafter."""
+        return SuffixDrafter(
+            max_tokens=self.max_tokens,
+            factor=self.factor,
+            offset=self.offset,
+            min_prob=self.min_prob,
+            as_tree=self.as_tree,
+            sources=self.sources,
+            depth=self.depth,
+            max_cached_tokens=self.max_cached_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLookup:
+    """Copies from the prompt and the output so far.
+
+    Attributes:
+        longest: tokens of a match, at first.
+        shortest: at last.
+        length: tokens copied.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+    length: int = 10
+
+    def build(self) -> PromptLookupDrafter:
+        """Its drafter."""
+        return PromptLookupDrafter(longest=self.longest, shortest=self.shortest, length=self.length)

@@ -1,0 +1,51 @@
+"""What followed the last few tokens earlier in the same text is copied."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decode.draft import Draft
+from decode.protocols import Context, Drafter
+
+
+class PromptLookupDrafter(Drafter):
+    """LLMA (Yang et al. 2023), prompt lookup decoding (Saxena 2023).
+
+    The longest of the last `longest` to `shortest` tokens that stand earlier in prompt or output
+    are looked for, most recent first; the next `length` tokens there are the draft.
+    """
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, *, longest: int = 3, shortest: int = 1, length: int = 10):
+        """Draft up to `length` tokens.
+
+        Raises:
+            ValueError: the lengths are out of order.
+        """
+        if not 1 <= shortest <= longest or length < 0:
+            raise ValueError(
+                f"matches of {shortest} to {longest} tokens and copies of {length} cannot be made"
+            )
+        self.longest, self.shortest, self.length = longest, shortest, length
+
+    def propose(self, context: Context) -> Draft:
+        """Copies, as long as `context.room` allows."""
+        rows = zip(context.lengths.tolist(), context.room.tolist(), strict=True)
+        copies = []
+        for row, (length, room) in enumerate(rows):
+            tokens = context.tokens[row, :length].numpy()
+            copies.append(self._copy(tokens)[: min(self.length, room)].tolist())
+        return Draft.from_lists(context.roots[:, 0].tolist(), copies)
+
+    def _copy(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What stands behind the last match; nothing without one."""
+        for size in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
+            candidates = len(tokens) - size  # places where an earlier match may begin
+            found = np.ones(candidates, dtype=bool)
+            for offset in range(size):
+                found &= tokens[offset : offset + candidates] == tokens[candidates + offset]
+            places = np.flatnonzero(found)
+            if len(places):
+                start = int(places[-1]) + size
+                return tokens[start : start + self.length]
+        return tokens[:0]

@@ -1,0 +1,112 @@
+"""Every way of decoding on every prompt, interleaved, each measurement on disk as it comes."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from decode import GenerationResult
+from distill.progress import Progress
+from distill.prompts import Prompt
+from distill.report.figures import Measurement, Output
+
+Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A drafter that drafts better for the outputs that it has seen."""
+
+    def learn(self, output: Sequence[int]) -> None:
+        """Keep an output."""
+        ...
+
+    def forget(self) -> None:
+        """Keep none."""
+        ...
+
+
+def measure(
+    modes: Mapping[str, Mode],
+    units: Sequence[Sequence[Prompt]],
+    repeats: int,
+    journal: Path,
+    learners: Mapping[str, Learner],
+) -> list[Measurement]:
+    """Every mode on every unit; each line of the journal is on disk as it comes.
+
+    Args:
+        modes: by name; what is run and how long it took.
+        units: prompts that are decoded together.
+        repeats: timings of each unit.
+        journal: what is in it is not measured again.
+        learners: modes whose drafter learns: it has seen the units before, of the same repeat.
+    """
+    done = read_journal(journal)
+    measured = {(m.unit, m.mode, m.repeat): m for m in done}
+    total = len(units) * len(modes) * repeats
+    if len(measured) < total:
+        for run in modes.values():  # what is slow only once is not measured
+            run(units[0])
+    with journal.open("a") as file, Progress(total, unit="runs", label="evaluate") as progress:
+        progress.skip(len(measured))
+        for repeat in range(repeats):
+            for learner in learners.values():
+                learner.forget()
+            for index, unit in enumerate(units):
+                # No mode always comes first, or behind the same other.
+                names = list(modes)
+                shift = (index + repeat) % len(names)
+                for name in names[shift:] + names[:shift]:
+                    if known := measured.get((index, name, repeat)):
+                        for output in known.outputs if name in learners else ():
+                            learners[name].learn(output.tokens)
+                        continue
+                    results, seconds = modes[name](unit)
+                    done.append(_measurement(index, name, repeat, results, seconds))
+                    file.write(json.dumps(asdict(done[-1])) + "\n")
+                    file.flush()
+                    progress.advance(1)
+        os.fsync(file.fileno())
+    return done
+
+
+def read_journal(path: Path) -> list[Measurement]:
+    """The measurements on disk; a last line that a kill cut short is dropped from the file too."""
+    if not path.is_file():
+        return []
+    found, whole = [], 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            record["outputs"] = [Output(**output) for output in record["outputs"]]
+            found.append(Measurement(**record))
+            whole += len(line)
+    os.truncate(path, whole)
+    return found
+
+
+def _measurement(
+    unit: int, mode: str, repeat: int, results: Sequence[GenerationResult], seconds: float
+) -> Measurement:
+    stats = reduce(add, (result.stats for result in results))
+    counts = asdict(stats)
+    split = counts.pop("seconds")
+    outputs = [
+        Output(
+            result.request_id,
+            result.tokens,
+            [
+                [s.num_drafted, s.num_accepted, s.num_emitted, int(s.reached_leaf)]
+                for s in result.steps
+            ],
+        )
+        for result in results
+    ]
+    return Measurement(unit, mode, repeat, seconds, split, counts, outputs)

@@ -1,0 +1,252 @@
+"""Drafters that need no model, and the hybrid: exact, and they find what is there."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from decode import (
+    Context,
+    Draft,
+    GenerationStats,
+    Request,
+    SamplingBatch,
+    SamplingParams,
+    SpeculativeDecoder,
+    Target,
+)
+from decode.cost import StepCosts
+from decode.drafters import (
+    Chains,
+    DynamicTrees,
+    HybridChains,
+    HybridDrafter,
+    PromptLookup,
+    PromptLookupDrafter,
+    SuffixDrafter,
+    SuffixDrafts,
+)
+from decode.sampling import generator_for
+
+COSTS = StepCosts(draft=0.1, verify=tuple(1 + 0.1 * k for k in range(17)))
+SETTINGS = {
+    "suffix": SuffixDrafts(min_prob=0.0, factor=2.0, offset=1.0),
+    "suffix tree": SuffixDrafts(as_tree=True, min_prob=0.01, factor=4.0, max_tokens=12),
+    "own": SuffixDrafts(sources="own", min_prob=0.0),
+    "past": SuffixDrafts(sources="past", min_prob=0.0),
+    "prompt lookup": PromptLookup(longest=2, length=4),
+}
+
+
+def context_of(texts: list[list[int]], room: int = 20) -> Context:
+    width = max(map(len, texts))
+    sampling = SamplingParams()
+    return Context(
+        slots=torch.arange(len(texts)),
+        tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
+        lengths=torch.tensor([len(text) for text in texts]),
+        room=torch.full((len(texts),), room),
+        hidden={},
+        sampling=SamplingBatch.of(
+            [sampling] * len(texts), [generator_for(0, str(row)) for row in range(len(texts))]
+        ),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_output_is_the_targets_own(tiny, greedy, name, batch):
+    model = tiny("llama", vocab_size=11)
+    drafter = SETTINGS[name].build()
+    decoder = SpeculativeDecoder(Target(model, max_batch_size=batch), drafter)
+    params = SamplingParams(max_new_tokens=40)
+    texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5], [9], [3, 1]]
+    requests = [
+        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+    ]
+    results = decoder.generate(requests)
+    for text, result in zip(texts, results, strict=True):
+        assert result.tokens == greedy(model, text, 40)
+    total = sum((result.stats for result in results), GenerationStats())
+    assert total.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("threshold", [None, 0.5, 99.0])
+def test_the_hybrids_greedy_output_is_the_targets_own(
+    tiny, perturbed, greedy, kind, batch, threshold
+):
+    model = tiny(kind, vocab_size=11)
+    target = Target(model, max_batch_size=batch)
+    drafting = HybridChains(length=3, threshold=threshold, suffix=SuffixDrafts(as_tree=True))
+    drafter = drafting.build(perturbed(model, 0.3), target)
+    texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5], [9]]
+    params = SamplingParams(max_new_tokens=40)
+    results = SpeculativeDecoder(target, drafter).generate(
+        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+    )
+    for text, result in zip(texts, results, strict=True):
+        assert result.tokens == greedy(model, text, 40)
+
+
+TINY = {
+    "vocab_size": 4,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.35,
+}
+
+
+def law_of(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
+    """Every output by plain forwards."""
+    law = {(): 1.0}
+    for _ in range(length):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *output] for output in law])).logits[:, -1]
+        probs = logits.double().softmax(-1).tolist()
+        law = {
+            (*output, token): chance * probs[row][token]
+            for row, (output, chance) in enumerate(law.items())
+            for token in range(4)
+        }
+    return law
+
+
+@pytest.mark.parametrize("name", ["suffix", "suffix tree", "prompt lookup", "hybrid"])
+def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
+    model = tiny("llama", **TINY)
+    target = Target(model, max_batch_size=64)
+    if name == "hybrid":
+        other = Chains(length=2).build(perturbed(model, 0.5), target)
+        suffix = SuffixDrafter(min_prob=0.0)
+        drafter = HybridDrafter(suffix, other, costs=COSTS, length=2, threshold=0.6)
+    else:
+        drafter = SETTINGS[name].build()
+    prompt = [0, 1, 2, 3, 0, 1, 2, 2, 0, 1]
+    params = SamplingParams(temperature=1.0, max_new_tokens=3)
+    decoder = SpeculativeDecoder(target, drafter)
+    counts: Counter[tuple[int, ...]] = Counter()
+    accepted = 0
+    for result in decoder.stream(
+        Request(id=str(index), prompt=prompt, sampling=params, seed=5) for index in range(8_000)
+    ):
+        counts[tuple(result.tokens)] += 1
+        accepted += result.stats.num_accepted_tokens
+    assert accepted > 1_000
+    law = law_of(model, prompt, 3)
+    assert g_test(counts, law) > 1e-3
+    colder = {output: chance**1.15 for output, chance in law.items()}
+    colder = {output: chance / sum(colder.values()) for output, chance in colder.items()}
+    assert g_test(counts, colder) < 1e-6
+
+
+def test_prompt_lookup_copies_behind_the_longest_and_latest_match():
+    drafter = PromptLookupDrafter(longest=3, length=4)
+    texts = [
+        [1, 2, 3, 7, 8, 9, 5, 2, 3, 4, 1, 2, 3],  # three tokens before two, two before one
+        [5, 1, 6, 1, 7, 1],  # the latest
+        [4, 4, 4],
+        [1, 2, 3],
+        [9],
+    ]
+    draft = drafter.propose(context_of(texts))
+    found = [
+        row[1:count] for row, count in zip(draft.tokens.tolist(), draft.num_nodes, strict=True)
+    ]
+    assert found == [[7, 8, 9, 5], [7, 1], [4], [], []]
+    assert drafter.propose(context_of(texts[:1], room=2)).tokens.tolist() == [[3, 7, 8]]
+    with pytest.raises(ValueError, match="matches of 3 to 2"):
+        PromptLookupDrafter(longest=2, shortest=3)
+
+
+def test_suffixes_are_learnt_from_outputs_and_forgotten():
+    drafter = SuffixDrafter()
+    drafter.learn([1, 2, 3, 4, 5, 6])
+    drafter.begin(0, torch.tensor([9, 2, 3]), {})
+    draft = drafter.propose(context_of([[9, 2, 3, 4]]))
+    assert draft.tokens.tolist() == [[4, 5, 6]]
+    drafter.end(0, [4])
+    drafter.forget()
+    drafter.begin(0, torch.tensor([9, 2, 3]), {})
+    assert drafter.propose(context_of([[9, 2, 3, 4]])).tokens.tolist() == [[4]]
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_finished_output_is_kept_whole(tiny, greedy, ignore_eos):
+    model = tiny(
+        "llama", vocab_size=11, eos_token_id=greedy(tiny("llama", vocab_size=11), [3, 1], 9)[8]
+    )
+    drafter = SuffixDrafter(min_prob=0.0)
+    decoder = SpeculativeDecoder(Target(model, max_batch_size=1), drafter)
+    params = SamplingParams(max_new_tokens=30, ignore_eos=ignore_eos)
+    (result,) = decoder.generate([Request(id="a", prompt=[3, 1], sampling=params)])
+    assert drafter.cache.num_tokens == len(result.tokens)
+    drafter.begin(0, torch.tensor(result.tokens[:5]), {})
+    (found,) = drafter.propose(context_of([result.tokens[:6]])).tokens.tolist()
+    assert found == result.tokens[5 : 5 + len(found)]
+
+
+class Counting(SuffixDrafter):
+    """Promises what it is told."""
+
+    def __init__(self, score: float):
+        super().__init__(sources="own", min_prob=0.0)
+        self.score = score
+
+    def propose(self, context: Context) -> Draft:
+        draft = super().propose(context)
+        self.drafts = [type(d)(d.token_ids, d.parents, d.probs, self.score) for d in self.drafts]
+        return draft
+
+
+def test_the_hybrid_learns_whom_to_trust(tiny, perturbed):
+    """Suffixes that promise too much lose their turn; honest ones keep it."""
+    model = tiny("llama", vocab_size=97)
+    target = Target(model, max_batch_size=1)
+    shares = {}
+    for score in (0.05, 3.0):
+        other = Chains(length=3).build(perturbed(model, 0.02), target)  # nearly always right
+        drafter = HybridDrafter(Counting(score), other, costs=COSTS, length=3)
+        turns = []
+        propose = other.propose
+
+        def noted(context, propose=propose, turns=turns):
+            turns.append(1)
+            return propose(context)
+
+        other.propose = noted
+        params = SamplingParams(temperature=1.5, max_new_tokens=80)
+        text = [5, 6, 7, 5, 6, 7, 5, 6]
+        (result,) = SpeculativeDecoder(target, drafter).generate(
+            [Request(id="a", prompt=text, sampling=params)]
+        )
+        shares[score] = len(turns) / result.stats.num_steps
+    assert shares[0.05] > 0.9
+    assert shares[3.0] > 0.5  # of what it promised nothing came
+
+
+def test_suffix_trees_beside_sampled_drafts_are_refused(tiny, perturbed):
+    model = tiny("llama", vocab_size=11)
+    target = Target(model, max_batch_size=2)
+    suffix = SuffixDrafter(as_tree=True, min_prob=0.0, factor=4.0)
+    other = Chains(length=2).build(perturbed(model, 0.3), target)
+    drafter = HybridDrafter(suffix, other, costs=COSTS, length=2, threshold=0.5)
+    params = SamplingParams(temperature=1.0, max_new_tokens=30)
+    texts = [[1, 2, 1, 3, 1, 2, 1, 3, 1], [5, 6]]
+    with pytest.raises(ValueError, match="suffix trees cannot be judged"):
+        SpeculativeDecoder(target, drafter).generate(
+            Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+        )
+    likeliest = DynamicTrees(width=2, depth=2, size=4).build(perturbed(model, 0.3), target)
+    drafter = HybridDrafter(
+        SuffixDrafter(as_tree=True), likeliest, costs=COSTS, length=2, threshold=0.5
+    )
+    results = SpeculativeDecoder(target, drafter).generate(
+        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+    )
+    assert [len(result.tokens) for result in results] == [30, 30]
