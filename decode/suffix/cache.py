@@ -2,17 +2,20 @@
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, KeysView, Sequence
+from collections.abc import Hashable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from threading import RLock
 
 import numpy as np
 
 from decode.suffix.arena import Arena
 from decode.suffix.compiled import compiling
+from decode.suffix.freezing import copy_text
+from decode.suffix.frozen import FrozenTree, open_latest, write
 from decode.suffix.growth import close_slot, extend, extend_both, open_slot, remove
-from decode.suffix.layout import MAX_DEPTH, PAGE, TOKENS
+from decode.suffix.layout import FIRST, MAX_DEPTH, NUM_PAGES, PAGE, SLOT_WORDS, SLOTS, TOKENS
 from decode.suffix.lookup import BREADTH, ITEM_WORDS, speculate_both
 from decode.suffix.text import release_pages
 
@@ -51,6 +54,10 @@ class _Document:
     position: int = -1  # of the strings that are to be taken out next
 
 
+class _Unnamed:
+    """The name of a request that has none."""
+
+
 class SuffixDecodingCache:
     """Prompt and output of active requests, and the outputs of past ones.
 
@@ -80,6 +87,7 @@ class SuffixDecodingCache:
         self._depth = max_tree_depth
         self._max_requests, self._max_tokens = max_cached_requests, max_cached_tokens
         self._lock = RLock()
+        self._frozen: FrozenTree | None = None
         self._shared = Arena(max_tree_depth, slots=8)
         self._free_slots = list(range(7, -1, -1))
         self._local: dict[Hashable, Arena] = {}
@@ -90,6 +98,68 @@ class SuffixDecodingCache:
         self._present: dict[int, _Document] = {}  # by start, whose strings are not all taken out
         self._released: list[tuple[int, int]] = []  # (ended, first page), a heap
         self._room = _WorkingMemory(64)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | None = None,
+        verify: bool = True,
+        max_cached_requests: int = -1,
+        max_cached_tokens: int = -1,
+    ) -> "SuffixDecodingCache":
+        """A cache over what `save` wrote, which is mapped into memory and shared by processes.
+
+        Drafts come from the best of the request, the outputs from now on, and the file. If a crash
+        left a broken file, the one before it is taken, and that is said.
+
+        Args:
+            path: of the file.
+            tokenizer: hash of the tokenizer whose ids are asked for; None does not look.
+            verify: compare the checksums, which reads the whole file.
+            max_cached_requests: new outputs kept.
+            max_cached_tokens: of new outputs.
+
+        Raises:
+            ValueError: the file is no index, damaged, or of another version or tokenizer.
+            OSError: it cannot be read.
+        """
+        frozen = open_latest(Path(path), tokenizer=tokenizer, verify=verify)
+        cache = cls(frozen.depth, max_cached_requests, max_cached_tokens)
+        cache._frozen = frozen
+        return cache
+
+    def save(self, path: str | Path, *, tokenizer: str = "") -> None:
+        """Write all outputs, those of an opened file included, to a file for `open`.
+
+        The file appears whole or not at all; one that it replaces is kept as NAME.previous.
+
+        Args:
+            path: of the file.
+            tokenizer: hash of the tokenizer of the ids.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written to.
+        """
+        with self._lock:
+            if self._frozen is None:
+                pages = [self._first_page(document) for document in self._present.values()]
+                pages += [page for _, page in self._released]
+                write(Path(path), self._shared, pages, tokenizer=tokenizer)
+                return
+            whole = SuffixDecodingCache(self._depth)
+            for document in [*self._frozen.documents(), *self._documents()]:
+                whole.add_output(document)
+            whole.save(path, tokenizer=tokenizer)
+
+    def add_output(self, token_ids: Tokens) -> None:
+        """Keep an output without a request: to fill a cache with what is there already."""
+        with self._lock:
+            key = _Unnamed()
+            document = self._open(key)
+            self._extend(self._shared, document.slot, as_tokens(token_ids), 0)
+            self._close(document)
 
     @property
     def max_tree_depth(self) -> int:
@@ -140,17 +210,7 @@ class SuffixDecodingCache:
                 return
             if req_id in self._cached:
                 self.evict_cached_response(req_id)
-            if not self._free_slots:
-                self._free_slots = list(
-                    range(2 * self._shared.num_slots - 1, self._shared.num_slots - 1, -1)
-                )
-                self._shared.add_slots(2 * self._shared.num_slots)
-            document = _Document(self._started, self._free_slots.pop())
-            open_slot(self._shared.address, document.slot)
-            self._started += 1
-            self._cached[req_id] = self._present[document.started] = document
-            while 0 < self._max_requests < len(self._cached):
-                self._leave(next(iter(self._cached)))
+            self._open(req_id)
 
     def add_active_response(self, req_id: Hashable, token_ids: Tokens) -> None:
         """The output of a request grows.
@@ -240,6 +300,7 @@ class SuffixDecodingCache:
             size, score, length = speculate_both(
                 arena.address,
                 self._shared.address,
+                0 if self._frozen is None else self._frozen.address,
                 -1 if document is None else document.slot,
                 tokens,
                 most,
@@ -264,6 +325,35 @@ class SuffixDecodingCache:
     def _extend(self, arena: Arena, slot: int, tokens: np.ndarray, start: int) -> None:
         while (start := extend(arena.address, slot, tokens, start)) < len(tokens):
             arena.grow()
+
+    def _open(self, req_id: Hashable) -> _Document:
+        """A place for the output of a request, perhaps that of the oldest."""
+        if not self._free_slots:
+            count = self._shared.num_slots
+            self._free_slots = list(range(2 * count - 1, count - 1, -1))
+            self._shared.add_slots(2 * count)
+        document = _Document(self._started, self._free_slots.pop())
+        open_slot(self._shared.address, document.slot)
+        self._started += 1
+        self._cached[req_id] = self._present[document.started] = document
+        while 0 < self._max_requests < len(self._cached):
+            self._leave(next(iter(self._cached)))
+        return document
+
+    def _first_page(self, document: _Document) -> int:
+        """Where the text of a document begins, -1 for an empty one."""
+        if document.slot < 0:
+            return document.first_page
+        row = document.slot * (SLOT_WORDS + self._depth + 1)
+        return int(self._shared.words(SLOTS)[row + FIRST])
+
+    def _documents(self) -> Iterator[np.ndarray]:
+        """The outputs that are cached."""
+        room = np.zeros(self._shared.header[NUM_PAGES] * PAGE, dtype=np.int32)
+        pages = np.zeros(self._shared.header[NUM_PAGES], dtype=np.int64)
+        for document in self._cached.values():
+            first = self._first_page(document)
+            yield room[: copy_text(self._shared.address, first, room, 0, pages)].copy()
 
     def _close(self, document: _Document) -> None:
         if document.slot >= 0:
@@ -319,7 +409,9 @@ def compile_all() -> None:
         extend(own.address, 0, tokens, 2)
         room = _WorkingMemory(4)
         limits = (4, 1.0, 0.0, np.float32(0.1))
-        speculate_both(own.address, shared.address, 0, tokens, *limits, True, True, True, *room.all)
+        speculate_both(
+            own.address, shared.address, 0, 0, tokens, *limits, True, True, True, *room.all
+        )
         first, count = close_slot(shared.address, 0)
         remove(shared.address, first * PAGE, count)
         release_pages(shared.address, first)

@@ -1,35 +1,47 @@
 """Functions compiled at first use, and memory that they reach by address."""
 
+import hashlib
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import numba
+from llvmlite import ir
+from numba.core import config, types
+from numba.extending import intrinsic
 
-def _can_write(folder: Path) -> bool:
-    return folder.is_dir() and os.access(folder, os.W_OK)
 
+@cache
+def cache_folder() -> str:
+    """Where compiled code is kept: a folder per state of these sources.
 
-if "NUMBA_CACHE_DIR" not in os.environ and not (
-    _can_write(Path(__file__).parent) or _can_write(Path(os.path.expanduser("~")))
-):
-    # numba keeps what it compiled beside the module or in the home, and refuses to compile where it
-    # can write to neither. A folder of this process alone: what is in it is loaded and run.
-    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="draftsmith-numba-")
-
-import numba  # noqa: E402
-from llvmlite import ir  # noqa: E402
-from numba.core import types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+    numba looks at the file of a function only, not at those of the functions that it calls.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    state = hashlib.sha256(sources + numba.__version__.encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(config.CACHE_DIR or os.path.join(home, "draftsmith")) / f"suffix-{state}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError:  # of this process alone: what is found in it is loaded and run
+        return tempfile.mkdtemp(prefix="draftsmith-")
 
 
 def njit(function: Callable[..., Any]) -> Any:
     """Compile without the interpreter, release the lock on it, and keep the result on disk."""
-    return numba.njit(cache=True, nogil=True, fastmath=False, boundscheck=False)(function)
+    users, config.CACHE_DIR = config.CACHE_DIR, cache_folder()
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    finally:
+        config.CACHE_DIR = users
 
 
 def _pointer(kind: Any, bits: Any) -> Any:
@@ -51,6 +63,8 @@ def _pointer(kind: Any, bits: Any) -> Any:
 
 longs_at = _pointer(types.int64, ir.IntType(64))
 words_at = _pointer(types.int32, ir.IntType(32))
+shorts_at = _pointer(types.uint16, ir.IntType(16))
+bytes_at = _pointer(types.uint8, ir.IntType(8))
 floats_at = _pointer(types.float32, ir.FloatType())
 
 

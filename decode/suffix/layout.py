@@ -28,7 +28,24 @@ TEXT, PAGES, NODES, ENTRIES, SLOTS, ROOTS = range(6)  # header: addresses
 CAPACITY = 6  # header: of each of them, in words
 DEPTH, ROOT_MASK, TOKENS = range(12, 15)  # header: settings, then counters
 NUM_PAGES, FREE_PAGE, NUM_NODES, FREE_NODE, NUM_ENTRIES, WIDEST, NUM_ROOTS = range(15, 22)
+FROZEN = 22  # header: whether the tree is a frozen one
 FREE_BLOCKS = 24  # header: first free block of each class
+
+# A frozen tree never grows, and every byte counts: its nodes stand in the order of a walk by level,
+# so that children of a node are neighbours and what is first of the next node is the end of this
+# one. Header of such a tree: addresses of
+#   the text, a document behind the other, each closed by a token that nobody has;
+#   per node the first of its children and of its leaves, the position of its edge, its count (MANY:
+#   it stands in a list of pairs), the length of its edge, the low 16 bits of its first token;
+#   the leaves, as positions in the text;
+#   the children of the root by token.
+(
+    FROZEN_TEXT, FIRST_CHILD, FIRST_LEAF, EDGES, COUNTS, LENGTHS, MARKS, LEAVES, BY_TOKEN,
+    VOCABULARY, LARGE_COUNTS, NUM_LARGE,
+) = range(12)  # fmt: skip
+TOKEN_BYTES = 13  # 2 or 3; DEPTH stands where it always does
+MANY, END = 0xFFFF, 0xFFFFFF  # END with 3 bytes, MANY with 2
+SORTED_FROM = 17  # leaves of one node from which they stand by token, to be found by halving
 
 # How many children a block holds, by class.
 BLOCK_SIZES = np.array(

@@ -12,27 +12,18 @@ All arithmetic is in 32-bit floats.
 
 import numpy as np
 
-from decode.suffix.children import class_of, find, find_root, length_of, size_of
 from decode.suffix.compiled import floats_at, longs_at, njit, words_at
-from decode.suffix.layout import (
-    BLOCK,
-    BLOCK_SIZES,
-    COUNT,
-    DEPTH,
-    ENTRIES,
-    LAST,
-    LENGTH,
-    MATCHED,
-    NODE_WORDS,
-    NODES,
-    PAGES,
-    REF,
-    ROOTS,
-    SLOT_WORDS,
-    SLOTS,
-    TEXT,
+from decode.suffix.layout import DEPTH, LAST, LENGTH, MATCHED, SLOT_WORDS, SLOTS
+from decode.suffix.reading import (
+    child_at,
+    child_by,
+    count_of,
+    edge_of,
+    following,
+    num_children,
+    token_at,
 )
-from decode.suffix.text import ends_with, step
+from decode.suffix.text import ends_with
 
 ITEM_WORDS = 6  # of a place that waits in the heap: itself, its parent in the draft, its depth
 LEAF = -1  # the node of a place on the way to a leaf
@@ -59,40 +50,36 @@ def draft_chain(header, node, position, left, depth, most, least, tokens, parent
     Returns:
         Its length and its score.
     """
-    text = words_at(header[TEXT])
-    pages = words_at(header[PAGES])
-    nodes = words_at(header[NODES])
-    entries = words_at(header[ENTRIES])
     size = 0
     prob, score = np.float32(1.0), np.float32(0.0)
     while size < most and prob >= least:
         if left > 0:
-            tokens[size] = text[position]
+            tokens[size] = token_at(header, position)
             parents[size] = size - 1
             probs[size] = prob
             score += prob
             size += 1
             left -= 1
             if left > 0:
-                position = step(pages, position)
+                position = following(header, position)
                 if position < 0:
                     left = 0
             continue
-        if node == LEAF or size_of(nodes, node) == 0:
+        if node == LEAF or num_children(header, node) == 0:
             break
-        at = node * NODE_WORDS
-        block = nodes[at + BLOCK]
-        room = BLOCK_SIZES[class_of(nodes, node)]
-        prob = np.float32(
-            prob * np.float32(np.float32(entries[block + room]) / np.float32(nodes[at + COUNT]))
-        )
-        child = entries[block + 2 * room]
-        if child < 0:
-            node, position, left = LEAF, ~child, header[DEPTH] - depth - size
-        else:
-            node = child
-            position, left = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
+        child, count = child_at(header, node, 0)
+        prob = np.float32(prob * np.float32(np.float32(count) / np.float32(count_of(header, node))))
+        node, position, left = child_place(header, child, depth + size)
     return size, score
+
+
+@njit
+def child_place(header, child, depth):
+    """The place where the edge to a child begins, `depth` tokens below the root."""
+    if child < 0:
+        return LEAF, ~child, header[DEPTH] - depth
+    position, length = edge_of(header, child)
+    return child, position, length
 
 
 @njit
@@ -148,10 +135,6 @@ def draft_tree(
     `items` and `chances` are working memory. The first word of each row of `items` is the heap's:
     the numbers of the items that wait.
     """
-    text = words_at(header[TEXT])
-    pages = words_at(header[PAGES])
-    nodes = words_at(header[NODES])
-    entries = words_at(header[ENTRIES])
     size, score = 0, np.float32(0.0)
     put(items, 0, node, position, left, -1, depth)
     chances[0] = 1.0
@@ -165,13 +148,13 @@ def draft_tree(
         node, position, left = items[at + 1], items[at + 2], items[at + 3]
         parent, depth = items[at + 4], items[at + 5]
         if left > 0:
-            tokens[size] = text[position]
+            tokens[size] = token_at(header, position)
             parents[size] = parent
             probs[size] = prob
             score += prob
             left -= 1
             if left > 0:
-                position = step(pages, position)
+                position = following(header, position)
                 if position < 0:
                     left = 0
             put(items, item, node, position, left, size, depth + 1)
@@ -182,19 +165,14 @@ def draft_tree(
             continue
         if node == LEAF:
             continue
-        block = nodes[node * NODE_WORDS + BLOCK]
-        room = BLOCK_SIZES[class_of(nodes, node)]
-        count = np.float32(nodes[node * NODE_WORDS + COUNT])
-        for index in range(min(size_of(nodes, node), max(most - size, BREADTH))):
-            below = np.float32(np.float32(prob * np.float32(entries[block + room + index])) / count)
+        total = np.float32(count_of(header, node))
+        for index in range(min(num_children(header, node), max(most - size, BREADTH))):
+            child, count = child_at(header, node, index)
+            below = np.float32(np.float32(prob * np.float32(count)) / total)
             if below < least:
                 break
-            child = entries[block + 2 * room + index]
-            if child < 0:
-                put(items, used, LEAF, ~child, header[DEPTH] - depth, parent, depth)
-            else:
-                ref, length = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
-                put(items, used, child, ref, length, parent, depth)
+            place, start, length = child_place(header, child, depth)
+            put(items, used, place, start, length, parent, depth)
             chances[used] = below
             items[ITEM_WORDS * waiting] = used
             sift_up(items, chances, waiting)
@@ -206,41 +184,42 @@ def draft_tree(
 @njit
 def match(header, context, length):
     """The place behind the last `length` tokens of `context`: (found, node, position, left)."""
-    text = words_at(header[TEXT])
-    pages = words_at(header[PAGES])
-    nodes = words_at(header[NODES])
-    entries = words_at(header[ENTRIES])
-    roots = words_at(header[ROOTS])
     node, position, left = 0, -1, 0
     for depth in range(length):
         token = context[len(context) - length + depth]
         if left == 0:
-            if node == LEAF:
+            child = 0 if node == LEAF else child_by(header, node, token)
+            if child == 0:
                 return False, node, position, left
-            if node == 0:
-                child = roots[2 * find_root(header, token) + 1]
-                if child == 0:
-                    return False, node, position, left
-            else:
-                at = node * NODE_WORDS
-                index = find(entries, nodes[at + BLOCK], size_of(nodes, node), token)
-                if index < 0:
-                    return False, node, position, left
-                room = BLOCK_SIZES[class_of(nodes, node)]
-                child = entries[nodes[at + BLOCK] + 2 * room + index]
-            if child < 0:
-                node, position, left = LEAF, ~child, header[DEPTH] - depth
-            else:
-                node = child
-                position, left = nodes[child * NODE_WORDS + REF], length_of(nodes, child)
-        if text[position] != token:
+            node, position, left = child_place(header, child, depth)
+        if token_at(header, position) != token:
             return False, node, position, left
         left -= 1
         if left > 0:
-            position = step(pages, position)
+            position = following(header, position)
             if position < 0:
                 left = 0
     return True, node, position, left
+
+
+@njit
+def longest_match(header, context, known, longest):
+    """How many of the last tokens of `context` the tree has, at least `known`, at most `longest`.
+
+    Who has a text has all that it ends with: the length is found by doubling and halving.
+    """
+    stride, low = 1, known
+    while low < longest and match(header, context, min(low + stride, longest))[0]:
+        low = min(low + stride, longest)
+        stride *= 2
+    high = min(low + stride, longest + 1)  # this many do not match
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if match(header, context, middle)[0]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 @njit
@@ -284,8 +263,6 @@ def speculate(
     Returns:
         Tokens drafted, their score and the length of the match; (-1, best, 0) for nothing better.
     """
-    nodes = words_at(header[NODES])
-    entries = words_at(header[ENTRIES])
     slots = words_at(header[SLOTS])
     tokens, parents = words_at(drafts + 8 * capacity), words_at(drafts + 12 * capacity)
     best_tokens, best_parents = words_at(drafts), words_at(drafts + 4 * capacity)
@@ -298,8 +275,7 @@ def speculate(
         matched = min(slots[suffixes - SLOT_WORDS + MATCHED], follows)
     known = min(matched, longest)
     if matched == follows:  # else a longer suffix occurs once, at the end of itself
-        while known < longest and match(header, context, known + 1)[0]:
-            known += 1
+        known = longest_match(header, context, known, longest)
     size, found = -1, 0
     for length in range(known, 0, -1):
         allowed = max(min(most, int(length * factor + offset + 1e-6)), 0)
@@ -307,14 +283,14 @@ def speculate(
             break
         if length <= matched:
             node, position, left = int(slots[suffixes + length]), -1, 0
-            at = node * NODE_WORDS
-            if size_of(nodes, node) == 0:
-                continue
-            first = entries[nodes[at + BLOCK] + BLOCK_SIZES[class_of(nodes, node)]]
-            if first < nodes[at + COUNT] and 1.0001 * allowed * first / nodes[at + COUNT] <= best:
-                continue
         else:
             _, node, position, left = match(header, context, length)
+        if left == 0:
+            if node == LEAF or num_children(header, node) == 0:
+                continue
+            first, total = child_at(header, node, 0)[1], count_of(header, node)
+            if first < total and 1.0001 * allowed * first / total <= best:
+                continue
         if as_tree:
             drafted, score = draft_tree(
                 header, node, position, left, length, allowed, least,
@@ -337,6 +313,7 @@ def speculate(
 def speculate_both(
     own_address,
     shared_address,
+    frozen_address,
     slot,
     context,
     most,
@@ -352,11 +329,12 @@ def speculate_both(
     items,
     chances,
 ):
-    """The better of the request's own tree and the shared one.
+    """The best of the request's own tree, the shared one, and a frozen one.
 
     Args:
         own_address: of the header of the request's tree: slot 0 holds its prompt and output.
         shared_address: of the header of the global tree.
+        frozen_address: of the header of a frozen one, 0 for none.
         slot: of the request's output in it, -1 where it is not kept.
         context: see `speculate` for this and what follows.
         most: tokens per draft at most.
@@ -394,4 +372,11 @@ def speculate_both(
         )  # fmt: skip
         if drafted >= 0:
             size, score, found = drafted, better, length
+        if frozen_address != 0:
+            drafted, better, length = speculate(
+                longs_at(frozen_address), -1, context, 0, most, factor, offset, least, as_tree,
+                score, capacity, drafts, probs, items, chances,
+            )  # fmt: skip
+            if drafted >= 0:
+                size, score, found = drafted, better, length
     return size, score, found

@@ -1,14 +1,18 @@
 """The suffix index drafts what counting every string in every text would."""
 
+import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from decode.suffix import SuffixDecodingCache, SuffixDraft
+from decode.suffix.compiled import cache_folder
+from decode.suffix.frozen import previous
 
 
 @dataclass
@@ -355,3 +359,166 @@ def test_the_reference_drafts_the_same(as_tree: bool) -> None:
             assert drafts[0].parents == drafts[1].parents
             for cache in (ours, theirs):
                 cache.add_active_response(request, text[at : at + 4])
+
+
+def filled(depth: int, vocabulary: int, *, tokens: int = 2_000, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    source = rng.integers(0, vocabulary, 300)
+    texts = []
+    while sum(map(len, texts)) < tokens:
+        start = rng.integers(0, 200)
+        text = source[start : start + rng.integers(2, 100)].copy()
+        text[rng.random(len(text)) < 0.1] = rng.integers(0, vocabulary)
+        texts.append(text)
+    return texts
+
+
+def drafts_of(index: SuffixDecodingCache, contexts: list[np.ndarray]) -> list[tuple[object, ...]]:
+    index.start_request("asking", [])
+    found = []
+    for context in contexts:
+        for as_tree in (False, True):
+            draft = index.speculate(
+                "asking", context, max_spec_tokens=12, max_spec_factor=2.0, use_tree_spec=as_tree
+            )
+            found.append((draft.token_ids, draft.parents, draft.probs, draft.match_len))
+    index.stop_request("asking")
+    index.evict_cached_response("asking")
+    return found
+
+
+@pytest.mark.parametrize("vocabulary", [3, 40, 60_000, 200_000])
+def test_a_frozen_index_drafts_what_it_was_made_of(tmp_path: Path, vocabulary: int) -> None:
+    index = SuffixDecodingCache(16)
+    for text in filled(16, vocabulary):
+        index.add_output(text)
+    contexts = [text[:end] for text in filled(16, vocabulary, tokens=500, seed=0) for end in (3, 9)]
+    expected = drafts_of(index, contexts)
+    assert any(found[0] for found in expected)
+    index.save(tmp_path / "index")
+    opened = SuffixDecodingCache.open(tmp_path / "index")
+    assert opened.max_tree_depth == 16
+    assert drafts_of(opened, contexts) == expected
+
+
+def test_saving_again_keeps_what_was_there_and_what_is_new(tmp_path: Path) -> None:
+    first, second = filled(16, 30, seed=1), filled(16, 30, seed=2)
+    whole, part = SuffixDecodingCache(16), SuffixDecodingCache(16)
+    for text in first:
+        part.add_output(text)
+    part.save(tmp_path / "index")
+    again = SuffixDecodingCache.open(tmp_path / "index")
+    for text in second:
+        again.add_output(text)
+    again.save(tmp_path / "index")
+    for text in [*first, *second]:
+        whole.add_output(text)
+    contexts = [text[:7] for text in [*first[:20], *second[:20]]]
+    opened = SuffixDecodingCache.open(tmp_path / "index")
+    assert drafts_of(opened, contexts) == drafts_of(whole, contexts)
+
+
+def test_what_is_evicted_or_under_way_is_saved_as_it_is(tmp_path: Path) -> None:
+    index, expected = SuffixDecodingCache(16), SuffixDecodingCache(16)
+    texts = filled(16, 9, tokens=900, seed=3)
+    for request, text in enumerate(texts):
+        index.start_request(request, [])
+        index.add_active_response(request, text)
+        if request != 1:
+            index.stop_request(request)
+    for request in range(0, len(texts), 2):
+        index.evict_cached_response(request)
+    for request in range(1, len(texts), 2):
+        expected.add_output(texts[request])
+    index.save(tmp_path / "index")
+    opened = SuffixDecodingCache.open(tmp_path / "index")
+    contexts = [text[:8] for text in texts]
+    scores = [
+        [sum(found[2]) for found in drafts_of(cache, contexts)][1::2]
+        for cache in (opened, expected)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # trees: whatever the order of equals
+
+
+def test_an_empty_index(tmp_path: Path) -> None:
+    SuffixDecodingCache(16).save(tmp_path / "index")
+    opened = SuffixDecodingCache.open(tmp_path / "index")
+    assert drafts_of(opened, [np.array([1, 2, 3])]) == [([], [], [], 0)] * 2
+
+
+def test_a_broken_file_is_refused_by_name_or_the_one_before_it_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "index"
+    index = SuffixDecodingCache(16)
+    for text in filled(16, 30):
+        index.add_output(text)
+    index.save(path, tokenizer="abc")
+    good = path.read_bytes()
+    SuffixDecodingCache.open(path, tokenizer="abc")
+    with pytest.raises(ValueError, match=r"index holds ids of another tokenizer \(abc"):
+        SuffixDecodingCache.open(path, tokenizer="xyz")
+    broken = {
+        "is cut off": good[: len(good) // 2],
+        "header is cut off": good[:100],
+        "has another checksum": good[:-3000] + bytes([good[-3000] ^ 1]) + good[-2999:],
+        "is damaged": good[:40] + b"?" + good[41:],
+        "is no suffix index": b"something else",
+        "it has 0 bytes": b"",
+    }
+    for why, content in broken.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path.name} .*{why}"):
+            SuffixDecodingCache.open(path)
+    path.write_bytes(good)
+    index.add_output([1, 2, 3])
+    index.save(path)
+    assert previous(path).read_bytes() == good
+    path.write_bytes(path.read_bytes()[:1000])  # a crash of the file system
+    opened = SuffixDecodingCache.open(path)
+    assert "index.previous is taken instead" in capsys.readouterr().err
+    assert drafts_of(opened, [filled(16, 30)[0][:5]])[0][0]
+    path.unlink()  # killed between the two renames
+    SuffixDecodingCache.open(path)
+    previous(path).unlink()
+    with pytest.raises(FileNotFoundError):
+        SuffixDecodingCache.open(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SuffixDecodingCache(16)
+    index.add_output([1, 2, 3, 1, 2])
+    index.save(tmp_path / "index")
+    before = (tmp_path / "index").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        index.save(tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert (tmp_path / "index").read_bytes() == before
+
+
+def test_counts_above_16_bits_survive(tmp_path: Path) -> None:
+    index = SuffixDecodingCache(3)
+    index.add_output(np.tile([1, 2, 1, 3, 1, 2], 25_000))
+    contexts = [np.array([3, 1]), np.array([5, 2, 1])]
+    expected = drafts_of(index, contexts)
+    index.save(tmp_path / "index")
+    assert drafts_of(SuffixDecodingCache.open(tmp_path / "index"), contexts) == expected
+    assert expected[0][2][0] < 0.7
+
+
+def test_compiled_code_is_kept_where_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = Path(cache_folder.__wrapped__())
+    assert kept.parent == tmp_path / "cache" / "draftsmith"
+    assert cache_folder.__wrapped__() == str(kept)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    alone = Path(cache_folder.__wrapped__())
+    assert alone.is_dir()
+    assert cache_folder.__wrapped__() != str(alone)  # nobody else's
