@@ -34,10 +34,10 @@ class PromptLookupDrafter(Drafter):
         copies = []
         for row, (length, room) in enumerate(rows):
             tokens = context.tokens[row, :length].numpy()
-            copies.append(self._copy(tokens)[: min(self.length, room)].tolist())
+            copies.append(self.copy(tokens)[: min(self.length, room)].tolist())
         return Draft.from_lists(context.roots[:, 0].tolist(), copies)
 
-    def _copy(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    def copy(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """What stands behind the last match; nothing without one."""
         for size in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
             candidates = len(tokens) - size  # places where an earlier match may begin
