@@ -197,7 +197,7 @@ class SpeculativeDecoder:
         acceptance, emitted = self._truncate(sequences, draft, acceptance)
         self._record(sequences, draft, acceptance, emitted, output)
         self.target.commit(batch.slots, draft, acceptance)
-        self.drafter.observe(context, draft, acceptance)
+        self.drafter.observe(context, draft, acceptance, output.logits)
         self._extend(sequences, emitted, acceptance, output)
 
     def _context(self, batch: "_Batch") -> Context:

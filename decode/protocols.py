@@ -83,8 +83,13 @@ class Drafter(Protocol):
         """A draft for every sequence, at most `context.room` tokens deep."""
         ...
 
-    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
-        """The outcome of the step: roll back what was rejected, learn online."""
+    def observe(
+        self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
+    ) -> None:
+        """The outcome of the step: roll back what was rejected, learn online.
+
+        `target_logits` [B, N, V] are the model's own behind each node, before penalty and warping.
+        """
         return
 
     def end(self, slot: int, output: Sequence[int]) -> None:

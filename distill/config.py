@@ -59,6 +59,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("draft", "dynamic", "decode.drafters.DynamicTrees"),
     ("drafter", "lm", "decode.models.ScratchLM"),
     ("model_free", "suffix", "decode.drafters.SuffixDrafts"),
+    ("model_free", "token_recycling", "decode.drafters.TokenRecycling"),
     ("model_free", "prompt_lookup", "decode.drafters.PromptLookup"),
     ("drafter", "lm_from_target", "decode.models.TargetLayersLM"),
     ("drafter", "lm_from_checkpoint", "decode.models.CheckpointLM"),

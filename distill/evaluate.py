@@ -212,7 +212,7 @@ class Evaluate:
                 raise UserError(str(error), hint=f"check drafters.{name}") from error
         for name, settings in self.model_free.items():
             try:
-                drafters[name] = settings.build()
+                drafters[name] = settings.build(wrapped)
             except ValueError as error:
                 raise UserError(str(error), hint=f"check model_free.{name}") from error
         return drafters

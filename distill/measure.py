@@ -19,14 +19,14 @@ Mode = Callable[[Sequence[Prompt]], tuple[list[GenerationResult], float]]
 
 @runtime_checkable
 class Learner(Protocol):
-    """A drafter that drafts better for the outputs that it has seen."""
+    """A drafter that drafts better for what it has seen.
 
-    def learn(self, output: Sequence[int]) -> None:
-        """Keep an output."""
-        ...
+    One with a method `learn(output)` has seen all that it can with the output; of another what was
+    measured before a kill is decoded again.
+    """
 
     def forget(self) -> None:
-        """Keep none."""
+        """Begin anew."""
         ...
 
 
@@ -55,16 +55,16 @@ def measure(
     with journal.open("a") as file, Progress(total, unit="runs", label="evaluate") as progress:
         progress.skip(len(measured))
         for repeat in range(repeats):
-            for learner in learners.values():
-                learner.forget()
+            for drafter in learners.values():
+                drafter.forget()
             for index, unit in enumerate(units):
                 # No mode always comes first, or behind the same other.
                 names = list(modes)
                 shift = (index + repeat) % len(names)
                 for name in names[shift:] + names[:shift]:
                     if known := measured.get((index, name, repeat)):
-                        for output in known.outputs if name in learners else ():
-                            learners[name].learn(output.tokens)
+                        if learner := learners.get(name):
+                            _teach(learner, known, modes[name], unit)
                         continue
                     results, seconds = modes[name](unit)
                     done.append(_measurement(index, name, repeat, results, seconds))
@@ -73,6 +73,16 @@ def measure(
                     progress.advance(1)
         os.fsync(file.fileno())
     return done
+
+
+def _teach(learner: Learner, known: Measurement, mode: Mode, unit: Sequence[Prompt]) -> None:
+    """Let a drafter see what it saw when this was measured."""
+    learn = getattr(learner, "learn", None)
+    if learn is None:
+        mode(unit)
+        return
+    for output in known.outputs:
+        learn(output.tokens)
 
 
 def read_journal(path: Path) -> list[Measurement]:

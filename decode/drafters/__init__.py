@@ -17,11 +17,12 @@ from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
 from decode.drafters.merged import MergedDrafter
-from decode.drafters.model_free import ModelFree, PromptLookup, SuffixDrafts
+from decode.drafters.model_free import ModelFree, PromptLookup, SuffixDrafts, TokenRecycling
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 from decode.drafters.prompt_lookup import PromptLookupDrafter
 from decode.drafters.suffix import SuffixDrafter
+from decode.drafters.token_recycling import TokenRecyclingDrafter
 
 __all__ = [
     "Chains",
@@ -47,5 +48,7 @@ __all__ = [
     "PromptLookupDrafter",
     "SuffixDrafter",
     "SuffixDrafts",
+    "TokenRecycling",
+    "TokenRecyclingDrafter",
     "load_drafter",
 ]

@@ -133,7 +133,7 @@ class HybridChains:
         longest = max(self.length, min(self.suffix.max_tokens, LONGEST_TIMED))
         costs = measure_costs(target.cached, trained.reader.cached, longest)
         return HybridDrafter(
-            self.suffix.build(),
+            self.suffix.build(target),
             trained,
             costs=costs,
             length=self.length,

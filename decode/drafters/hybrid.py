@@ -77,11 +77,13 @@ class HybridDrafter(Drafter):
             return drafted
         return _interleaved(found, drafted, rows)
 
-    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
+    def observe(
+        self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
+    ) -> None:
         """Tell each of its own drafts, and learn what they are worth."""
-        self.suffix.observe(context, draft, acceptance)
+        self.suffix.observe(context, draft, acceptance, target_logits)
         if not self._by_suffix:  # a prompt's own forward
-            self.trained.observe(context, draft, acceptance)
+            self.trained.observe(context, draft, acceptance, target_logits)
             return
         counts = acceptance.num_accepted.tolist()
         for found, count, chosen in zip(self.suffix.drafts, counts, self._by_suffix, strict=True):
@@ -101,7 +103,7 @@ class HybridDrafter(Drafter):
                 acceptance.next_token[rows],
                 acceptance.num_tried[rows],
             )
-            self.trained.observe(part, own, told)
+            self.trained.observe(part, own, told, target_logits[rows, :width])
         self._by_suffix, self._of_trained = [], None
 
     def end(self, slot: int, output: Sequence[int]) -> None:

@@ -95,7 +95,9 @@ class LMDrafter(Drafter):
             num_nodes = torch.tensor(counts, device=reader.device) + 1
         return Draft.chain(torch.cat(tokens, dim=1), num_nodes=num_nodes, probs=probs)
 
-    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
+    def observe(
+        self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
+    ) -> None:
         """Forget what was rejected: committed tokens and the accepted path stay."""
         lengths, accepted = context.lengths.tolist(), acceptance.num_accepted.tolist()
         kept = [length + count for length, count in zip(lengths, accepted, strict=True)]

@@ -61,7 +61,9 @@ class LMTreeDrafter(Drafter):
                 self._places[slot] = row
         return draft
 
-    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
+    def observe(
+        self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
+    ) -> None:
         """Keep the keys of the accepted path, as far down as it was read."""
         slots = context.slots.tolist()
         kept = []

@@ -66,15 +66,21 @@ class MergedDrafter(Drafter):
             self._places.append(places)
         return Draft.from_lists(roots, tokens, parents, device=self._drafts[0].tokens.device)
 
-    def observe(self, context: Context, draft: Draft, acceptance: Acceptance) -> None:
+    def observe(
+        self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
+    ) -> None:
         """Tell each drafter what was accepted of its own tree."""
         if draft.tokens.shape[1] == 1 or not self._drafts:  # a prompt's own forward
             alone = Draft.chain(draft.tokens[:, :1])
             for drafter in self.drafters:
-                drafter.observe(context, alone, _of_own(alone, acceptance, None))
+                drafter.observe(context, alone, _of_own(alone, acceptance, None), target_logits)
             return
         for drafter, own, places in zip(self.drafters, self._drafts, self._places, strict=True):
-            drafter.observe(context, own, _of_own(own, acceptance, places))
+            nodes = torch.zeros_like(own.tokens)  # of the merged tree; padding is the root again
+            for row, there in enumerate(places):
+                nodes[row, : len(there)] = torch.tensor(there)
+            logits = target_logits.take_along_dim(nodes[:, :, None], dim=1)
+            drafter.observe(context, own, _of_own(own, acceptance, places), logits)
         self._drafts = []
 
     def end(self, slot: int, output: Sequence[int]) -> None:

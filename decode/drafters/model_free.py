@@ -5,14 +5,16 @@ from typing import Protocol
 
 from decode.drafters.prompt_lookup import PromptLookupDrafter
 from decode.drafters.suffix import SuffixDrafter
+from decode.drafters.token_recycling import TokenRecyclingDrafter, spreading
 from decode.protocols import Drafter
+from decode.target import Target
 
 
 class ModelFree(Protocol):
     """A way of drafting without a model; one of the classes below."""
 
-    def build(self) -> Drafter:
-        """A drafter that has seen nothing yet."""
+    def build(self, target: Target) -> Drafter:
+        """A drafter for `target` that has seen nothing yet."""
         ...
 
 
@@ -40,7 +42,7 @@ class SuffixDrafts:
     depth: int = 64
     max_cached_tokens: int = -1
 
-    def build(self) -> SuffixDrafter:
+    def build(self, target: Target) -> SuffixDrafter:
         """Its drafter."""
         return SuffixDrafter(
             max_tokens=self.max_tokens,
@@ -68,6 +70,26 @@ class PromptLookup:
     shortest: int = 1
     length: int = 10
 
-    def build(self) -> PromptLookupDrafter:
+    def build(self, target: Target) -> PromptLookupDrafter:
         """Its drafter."""
         return PromptLookupDrafter(longest=self.longest, shortest=self.shortest, length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecycling:
+    """The target's likeliest tokens behind each token it saw last, as trees of one shape.
+
+    Attributes:
+        size: tokens per draft.
+        depth: of the deepest.
+        width: successors kept per token.
+    """
+
+    size: int = 12
+    depth: int = 5
+    width: int = 8
+
+    def build(self, target: Target) -> TokenRecyclingDrafter:
+        """Its drafter."""
+        plan = spreading(self.size, self.depth, self.width)
+        return TokenRecyclingDrafter(plan, vocab_size=target.vocab_size)

@@ -277,7 +277,7 @@ def test_what_is_rejected_leaves_no_trace(make, prompt, params, accepted):
             min(n, deepest) for n, deepest in zip(accepted, depth_of(draft).tolist(), strict=True)
         ]
         acceptance = accept(draft, counts, 33 + step)
-        drafter.observe(context, draft, acceptance)
+        drafter.observe(context, draft, acceptance, torch.zeros(0))
         texts = [
             [*text, *new, 33 + step]
             for text, new in zip(texts, accepted_tokens(draft, acceptance), strict=True)
@@ -296,7 +296,7 @@ def test_sequences_come_and_go(make, prompt, params):
     begin(drafter, first)
     context = context_of(first, params=params)
     draft = drafter.propose(context)
-    drafter.observe(context, draft, accept(draft, [0, 0, 0], 33))
+    drafter.observe(context, draft, accept(draft, [0, 0, 0], 33), torch.zeros(0))
     drafter.end(1, [])
     second = [[*first[0], 33], prompt(3), [*first[2], 33]]
     drafter.begin(1, torch.tensor(second[1]), {})
@@ -328,7 +328,7 @@ def test_a_sequence_may_rest_for_a_step(make, prompt, params):
     begin(fresh, texts)
     drafter.observe(
         context_of(texts[:1], params=params), Draft.chain(torch.tensor([[texts[0][-1]]])),
-        accept(Draft.chain(torch.tensor([[texts[0][-1]]])), [0], 7),
+        accept(Draft.chain(torch.tensor([[texts[0][-1]]])), [0], 7), torch.zeros(0),
     )  # fmt: skip
     rested = drafter.propose(context_of(texts[1:], slots=[1], params=params, names="b"))
     same(rested, fresh.propose(context_of(texts[1:], slots=[1], params=params, names="b")))

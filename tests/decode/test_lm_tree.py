@@ -313,7 +313,7 @@ def test_no_token_is_read_twice_and_read_ones_are_kept(setting):
     path[1, :2] = torch.tensor([0, 1])
     counts = torch.tensor([3, 1])
     acceptance = Acceptance(path, counts, torch.tensor([9, 9]), counts)
-    drafter.observe(context_of(texts), draft, acceptance)
+    drafter.observe(context_of(texts), draft, acceptance, torch.zeros(0))
     # Text, root included, and the nodes read: all but the leaf.
     assert drafter.reader.cache.lengths[:2] == [len(texts[0]) + 2, len(texts[1]) + 1]
     longer = [

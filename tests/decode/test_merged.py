@@ -33,7 +33,7 @@ class Fixed(Drafter):
         roots = context.roots[:, 0].tolist()
         return Draft.from_lists(roots, [self.tokens for _ in roots], [self.parents for _ in roots])
 
-    def observe(self, context, draft, acceptance):
+    def observe(self, context, draft, acceptance, target_logits):
         counts = acceptance.num_accepted.tolist()
         self.told += [
             draft.tokens[row, path[1 : count + 1]].tolist()

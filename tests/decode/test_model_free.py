@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decode import (
+    Acceptance,
     Context,
     Draft,
     GenerationStats,
@@ -25,7 +26,10 @@ from decode.drafters import (
     PromptLookupDrafter,
     SuffixDrafter,
     SuffixDrafts,
+    TokenRecycling,
+    TokenRecyclingDrafter,
 )
+from decode.planner import TreePlan
 from decode.sampling import generator_for
 
 COSTS = StepCosts(draft=0.1, verify=tuple(1 + 0.1 * k for k in range(17)))
@@ -35,6 +39,7 @@ SETTINGS = {
     "own": SuffixDrafts(sources="own", min_prob=0.0),
     "past": SuffixDrafts(sources="past", min_prob=0.0),
     "prompt lookup": PromptLookup(longest=2, length=4),
+    "token recycling": TokenRecycling(size=6, depth=3, width=3),
 }
 
 
@@ -57,8 +62,8 @@ def context_of(texts: list[list[int]], room: int = 20) -> Context:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_greedy_output_is_the_targets_own(tiny, greedy, name, batch):
     model = tiny("llama", vocab_size=11)
-    drafter = SETTINGS[name].build()
-    decoder = SpeculativeDecoder(Target(model, max_batch_size=batch), drafter)
+    target = Target(model, max_batch_size=batch)
+    decoder = SpeculativeDecoder(target, SETTINGS[name].build(target))
     params = SamplingParams(max_new_tokens=40)
     texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5], [9], [3, 1]]
     requests = [
@@ -117,7 +122,9 @@ def law_of(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float
     return law
 
 
-@pytest.mark.parametrize("name", ["suffix", "suffix tree", "prompt lookup", "hybrid"])
+@pytest.mark.parametrize(
+    "name", ["suffix", "suffix tree", "prompt lookup", "token recycling", "hybrid"]
+)
 def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
     model = tiny("llama", **TINY)
     target = Target(model, max_batch_size=64)
@@ -126,7 +133,7 @@ def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
         suffix = SuffixDrafter(min_prob=0.0)
         drafter = HybridDrafter(suffix, other, costs=COSTS, length=2, threshold=0.6)
     else:
-        drafter = SETTINGS[name].build()
+        drafter = SETTINGS[name].build(target)
     prompt = [0, 1, 2, 3, 0, 1, 2, 2, 0, 1]
     params = SamplingParams(temperature=1.0, max_new_tokens=3)
     decoder = SpeculativeDecoder(target, drafter)
@@ -162,6 +169,30 @@ def test_prompt_lookup_copies_behind_the_longest_and_latest_match():
     assert drafter.propose(context_of(texts[:1], room=2)).tokens.tolist() == [[3, 7, 8]]
     with pytest.raises(ValueError, match="matches of 3 to 2"):
         PromptLookupDrafter(longest=2, shortest=3)
+
+
+def test_token_recycling_drafts_what_was_likely_behind_each_token():
+    plan = TreePlan(parents=(0, 0, 1, 1, 3), ranks=(0, 1, 0, 1, 0))
+    drafter = TokenRecyclingDrafter(plan, vocab_size=6)
+    context = context_of([[1]])
+    assert drafter.propose(context).tokens.tolist() == [[1]]  # it has seen nothing
+    logits = torch.zeros(1, 4, 6)
+    logits[0, 0, [2, 3]] = torch.tensor([2.0, 1.0])  # behind 1
+    logits[0, 1, [4, 5]] = torch.tensor([1.0, 2.0])  # behind 2
+    logits[0, 2, [0, 1]] = torch.tensor([2.0, 1.0])  # behind 5, which was rejected
+    logits[0, 3, 2] = 9.0  # padding
+    seen = Draft(torch.tensor([[1, 2, 5, 3]]), torch.tensor([[-1, 0, 1, 2]]), torch.tensor([3]))
+    accepted = torch.tensor([1])
+    path = torch.tensor([[0, 1, -1, -1]])
+    outcome = Acceptance(path, accepted, torch.tensor([0]), accepted)
+    drafter.observe(context, seen, outcome, logits)
+    draft = drafter.propose(context)
+    assert draft.tokens.tolist() == [[1, 2, 3, 5, 4, 0]]
+    assert draft.parents.tolist() == [[-1, 0, 0, 1, 1, 3]]
+    assert drafter.propose(context_of([[1]], room=1)).tokens.tolist() == [[1, 2, 3]]
+    assert drafter.propose(context_of([[3]])).tokens.tolist() == [[3]]
+    drafter.forget()
+    assert drafter.propose(context).tokens.tolist() == [[1]]
 
 
 def test_suffixes_are_learnt_from_outputs_and_forgotten():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decode import SamplingParams
 from decode.acceptance import TopTokens
-from decode.drafters import ExpansionTrees, PromptLookup, SuffixDrafts
+from decode.drafters import ExpansionTrees, PromptLookup, SuffixDrafts, TokenRecycling
 from distill.drafter_folder import find_drafter
 from distill.errors import UserError
 from distill.evaluate import Evaluate
@@ -113,12 +113,16 @@ def test_drafting_without_a_model_learns_in_order_also_after_a_kill(
     folders: Path, tmp_path: Path
 ) -> None:
     def without_model(output: Path) -> Evaluate:
-        free = {"suffix": SuffixDrafts(), "lookup": PromptLookup()}
+        free = {
+            "suffix": SuffixDrafts(),
+            "lookup": PromptLookup(),
+            "recycling": TokenRecycling(),
+        }
         return evaluation(folders, output, drafters={}, model_free=free, repeats=2, certify=True)
 
     without_model(tmp_path / "whole").run()
     results = json.loads((tmp_path / "whole" / "results.json").read_text())["drafters"]
-    assert list(results) == ["suffix", "lookup"]
+    assert list(results) == ["suffix", "lookup", "recycling"]
     whole = read_journal(tmp_path / "whole" / "measurements.jsonl")
     steps = {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in whole}
     # What was learnt before measuring, or in the first timing, does not count in the second.
