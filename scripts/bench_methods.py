@@ -4,7 +4,8 @@
 
 All methods decode the same prompts one by one at temperature 0 and at temperature 1, interleaved.
 Per method: its class; τ, tokens per target pass; tokens a second over our loop without a drafter;
-and at temperature 0 the share of outputs that are the target's own, token for token. 95 % bootstrap
+and at temperature 0 the share of outputs that are the target's own, token for token. Methods that
+learn from outputs begin with none and see the prompts in their order. 95 % bootstrap
 intervals over prompts, paired.
 """
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from decode import (
     AcceptanceRule,
+    Drafter,
     Exactness,
     GenerationStats,
     Request,
@@ -51,7 +53,11 @@ from decode.drafters import (
     DynamicTrees,
     ExpansionTrees,
     HeuristicChains,
+    HybridChains,
     NoDrafter,
+    PromptLookup,
+    SuffixDrafts,
+    TokenRecycling,
 )
 from distill.progress import Progress
 from distill.prompts import StandardLibraryPrompts
@@ -72,8 +78,16 @@ class Method:
     """
 
     rule: AcceptanceRule
-    draft: Drafting | None
+    draft: Drafting | SuffixDrafts | PromptLookup | TokenRecycling | None
     greedy_only: bool = False
+
+    def drafter(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """A new drafter; `model` drafts where one is needed."""
+        if self.draft is None:
+            return NoDrafter()
+        if isinstance(self.draft, SuffixDrafts | PromptLookup | TokenRecycling):
+            return self.draft.build(target)
+        return self.draft.build(model, target)
 
 
 def methods(length: int) -> dict[str, Method]:
@@ -100,6 +114,12 @@ def methods(length: int) -> dict[str, Method]:
         Method(TopTokens(top=3, max_gap=1.0), chain),
         Method(NearTokens(distance=2), chain),
         Method(Rollback(), Chains(length=length, min_confidence=0.3)),
+        Method(SpeculativeSampling(), PromptLookup()),
+        Method(SpeculativeSampling(), TokenRecycling()),
+        Method(SpeculativeSampling(), SuffixDrafts()),
+        Method(SpeculativeSampling(), SuffixDrafts(as_tree=True)),
+        Method(SpeculativeSampling(), SuffixDrafts(factor=4.0)),
+        Method(SpeculativeSampling(), HybridChains(length=length)),
     ]
     named = {f"{brief(method.rule)} | {brief(method.draft)}": method for method in listed}
     return {f"- | {PLAIN}": Method(SpeculativeSampling(), None)} | named
@@ -142,12 +162,9 @@ def measure(
 ) -> dict[str, Run]:
     """Every method on every prompt, interleaved; no method always comes first."""
     target = Target(target_model, max_batch_size=1)
+    drafters = {name: method.drafter(drafter_model, target) for name, method in chosen.items()}
     decoders = {
-        name: SpeculativeDecoder(
-            target,
-            method.draft.build(drafter_model, target) if method.draft else NoDrafter(),
-            method.rule,
-        )
+        name: SpeculativeDecoder(target, drafters[name], method.rule)
         for name, method in chosen.items()
     }
     params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, ignore_eos=True)
@@ -155,6 +172,9 @@ def measure(
     names = list(decoders)
     for decoder in decoders.values():
         decoder.generate([Request(id="warm", prompt=prompts[0], sampling=params)])
+    for drafter in drafters.values():
+        if forget := getattr(drafter, "forget", None):  # what it learnt from the first prompt
+            forget()
     label = f"temperature {temperature:g}"
     with Progress(len(prompts) * len(names), unit="runs", label=label) as progress:
         for index, ids in enumerate(prompts):
