@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
     from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
     from decode.sampling import SamplingBatch, SamplingParams
-    from decode.stats import GenerationStats, StepTrace
+    from decode.stats import GenerationStats, StepRecord, StepTrace
     from decode.target import Target, check_supported
     from decode.tokenizers import check_tokenizers, tokenizer_hash
 
@@ -33,6 +33,7 @@ __all__ = [
     "SamplingBatch",
     "SamplingParams",
     "SpeculativeDecoder",
+    "StepRecord",
     "StepTrace",
     "Target",
     "TopLogprobs",

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from decode.draft import Draft
 from decode.penalty import penalised
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter
 from decode.sampling import SamplingBatch, SamplingParams, generator_for
-from decode.stats import GenerationStats, StepTrace
+from decode.stats import GenerationStats, StepRecord, StepTrace
 from decode.stopping import Stopping
 from decode.target import Target
 
@@ -130,12 +130,22 @@ class SpeculativeDecoder:
         rule: AcceptanceRule | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
     ):
-        """Put the three together; `tokenizer` is needed for stop strings only."""
+        """Put the three together.
+
+        Args:
+            target: whose output it is.
+            drafter: proposes.
+            rule: accepts; None is lossless speculative sampling.
+            tokenizer: needed for stop strings only.
+            on_step: called with every step of every sequence; its time is counted nowhere.
+        """
         self.target = target
         self.drafter = drafter
         self.rule = rule or SpeculativeSampling()
         self.stopping = Stopping(target.eos_token_ids, tokenizer)
+        self.on_step = on_step
         self._tokens = torch.zeros(target.max_batch_size, target.max_length + 1, dtype=torch.long)
         self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
@@ -180,15 +190,21 @@ class SpeculativeDecoder:
         drafted = self._now()
         output = self.target.verify(batch.slots, draft, self.drafter.hidden_layers)
         verified = self._now()
-        self._conclude(batch, context, draft, output)
+        acceptance = self._conclude(batch, context, draft, output)
         other = self._now() - verified + ready - started
         for sequence in active:
             seconds = sequence.seconds
             seconds["draft"] += (drafted - ready) / len(active)
             seconds["verify"] += (verified - drafted) / len(active)
             seconds["other"] += other / len(active)
+        if self.on_step is not None:
+            spent = {"draft": drafted - ready, "verify": verified - drafted, "other": other}
+            for record in _records(active, context, draft, acceptance, spent):
+                self.on_step(record)
 
-    def _conclude(self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput) -> None:
+    def _conclude(
+        self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput
+    ) -> Acceptance:
         """Accept, truncate, commit, observe, extend."""
         sequences = batch.sequences
         acceptance = self.rule.accept(
@@ -199,6 +215,7 @@ class SpeculativeDecoder:
         self.target.commit(batch.slots, draft, acceptance)
         self.drafter.observe(context, draft, acceptance, output.logits)
         self._extend(sequences, emitted, acceptance, output)
+        return acceptance
 
     def _context(self, batch: "_Batch") -> Context:
         lengths = [sequence.length for sequence in batch.sequences]
@@ -435,6 +452,31 @@ class SpeculativeDecoder:
         if self._is_asynchronous:
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
+
+
+def _records(
+    sequences: list[_Sequence],
+    context: Context,
+    draft: Draft,
+    acceptance: Acceptance,
+    seconds: dict[str, float],
+) -> Iterator[StepRecord]:
+    """What a step did, behind it."""
+    tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
+    sizes, lengths = draft.num_nodes.tolist(), context.lengths.tolist()
+    paths, counts = acceptance.path.tolist(), acceptance.num_accepted.tolist()
+    for row, sequence in enumerate(sequences):
+        num_emitted = sequence.steps[-1].num_emitted
+        yield StepRecord(
+            request_id=sequence.request.id,
+            step=len(sequence.steps),
+            length=lengths[row],
+            tokens=tokens[row][: sizes[row]],
+            parents=parents[row][: sizes[row]],
+            path=paths[row][1 : counts[row] + 1],
+            emitted=sequence.output[len(sequence.output) - num_emitted :],
+            seconds=seconds,
+        )
 
 
 def top_logprobs(logits: Tensor, k: int) -> TopLogprobs:

@@ -28,6 +28,31 @@ class StepTrace:
     num_emitted: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of one sequence in full, for who looks into single steps.
+
+    Attributes:
+        request_id: of the sequence.
+        step: target forward, counted from 1; the prompt's own is the first and leaves no record.
+        length: tokens of prompt and output before the step.
+        tokens: of the draft's nodes, the root first.
+        parents: of the draft's nodes, -1 for the root.
+        path: accepted nodes, the root left out.
+        emitted: tokens added to the output.
+        seconds: "draft", "verify" and "other" of the step, whoever shared it.
+    """
+
+    request_id: str
+    step: int
+    length: int
+    tokens: list[int]
+    parents: list[int]
+    path: list[int]
+    emitted: list[int]
+    seconds: dict[str, float]
+
+
 @dataclass(slots=True)
 class GenerationStats:
     """Counts of a generation, by vLLM's names; every rate is a property.

@@ -1,10 +1,11 @@
 """`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
 
 import hashlib
+import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from decode import (
     Request,
     SamplingParams,
     SpeculativeDecoder,
+    StepRecord,
     Target,
     certify,
     compare,
@@ -36,6 +38,7 @@ from distill.measure import Learner, Mode, measure
 from distill.progress import Progress
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.report.bootstrap import FEW
+from distill.report.by_length import by_length
 from distill.report.figures import (
     AUTOREGRESSIVE,
     TRANSFORMERS,
@@ -45,7 +48,15 @@ from distill.report.figures import (
 )
 from distill.report.html import page, passages_of
 from distill.report.plots import all_plots, save
-from distill.report.tables import as_csv, as_json, markdown, step_times, terminal, verdicts
+from distill.report.tables import (
+    as_csv,
+    as_json,
+    markdown,
+    step_times,
+    terminal,
+    verdicts,
+    without_nan,
+)
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
 from distill.target import LoadedTarget, TargetSettings
 
@@ -68,6 +79,8 @@ class Evaluate:
         repeats: timings of each unit.
         certify: compare greedy outputs with transformers' own `generate` before measuring, and keep
             every difference, with the margin there, in certificate.json.
+        trace: decode everything once more, apart from the timings, and keep every step in
+            trace.jsonl: the draft, the accepted path, the times; the page then draws the drafts.
         compare_transformers: time transformers' own `generate` too (batches of one only).
         num_resamples: of the bootstrap.
         num_threads: CPU threads; None leaves torch's choice.
@@ -89,6 +102,7 @@ class Evaluate:
     batch_size: int = 1
     repeats: int = 1
     certify: bool = False
+    trace: bool = False
     compare_transformers: bool = True
     num_resamples: int = 2000
     num_threads: int | None = None
@@ -131,6 +145,7 @@ class Evaluate:
         journal = self.output / "measurements.jsonl"
         measurements = measure(modes, units, self.repeats, journal, learners)
         ties = self._compare(target, measurements, prompts)
+        traces = self._trace(target, wrapped, loaded, units) if self.trace else {}
         drafters = figures(
             measurements,
             self.names,
@@ -139,7 +154,7 @@ class Evaluate:
             num_resamples=self.num_resamples,
             seed=self.seed,
         )
-        self._write(target, drafters, measurements, prompts, settings, certificates)
+        self._write(target, drafters, measurements, prompts, settings, certificates, traces)
         folder.finish({"report": report.name, "prompts": len(prompts)})
         print(terminal(drafters, self._exactness()))
         print("\n".join(verdicts(drafters, self._exactness())))
@@ -248,8 +263,16 @@ class Evaluate:
             modes[name] = self._ours(target, wrapped, drafter)
         return modes
 
-    def _ours(self, target: LoadedTarget, wrapped: Target, drafter: Drafter) -> Mode:
-        decoder = SpeculativeDecoder(wrapped, drafter, self.acceptance, tokenizer=target.tokenizer)
+    def _ours(
+        self,
+        target: LoadedTarget,
+        wrapped: Target,
+        drafter: Drafter,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> Mode:
+        decoder = SpeculativeDecoder(
+            wrapped, drafter, self.acceptance, tokenizer=target.tokenizer, on_step=on_step
+        )
 
         def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
             requests = [
@@ -261,6 +284,28 @@ class Evaluate:
             return results, time.perf_counter() - started
 
         return run
+
+    def _trace(
+        self,
+        target: LoadedTarget,
+        wrapped: Target,
+        drafters: Mapping[str, Drafter],
+        units: Sequence[Sequence[Prompt]],
+    ) -> dict[str, list[StepRecord]]:
+        """Every step of every drafter; trace.jsonl appears when it is whole."""
+        records: dict[str, list[StepRecord]] = {name: [] for name in drafters}
+        lines = []
+        with Progress(len(drafters) * len(units), unit="runs", label="trace") as progress:
+            for name, drafter in drafters.items():
+                if isinstance(drafter, Learner):
+                    drafter.forget()
+                run = self._ours(target, wrapped, drafter, on_step=records[name].append)
+                for unit in units:
+                    run(unit)
+                    progress.advance(1)
+                lines += [json.dumps({"drafter": name} | asdict(r)) for r in records[name]]
+        write_text(self.output / "trace.jsonl", "\n".join(lines) + "\n")
+        return records
 
     def _why_not_theirs(self) -> str | None:
         """Why transformers' `generate` is not timed; it pads batches and stops otherwise."""
@@ -336,6 +381,7 @@ class Evaluate:
         prompts: Sequence[Prompt],
         settings: Mapping[str, Any],
         certificates: Mapping[str, Certificate],
+        traces: Mapping[str, Sequence[StepRecord]],
     ) -> None:
         exactness = self._exactness()
         about = environment()
@@ -371,6 +417,13 @@ class Evaluate:
             num_resamples=self.num_resamples,
             seed=self.seed,
         )
+        lengths = by_length(
+            measurements,
+            self.names,
+            {prompt.id: len(prompt.ids) for prompt in prompts},
+            num_resamples=self.num_resamples,
+            seed=self.seed,
+        )
         plots = all_plots(drafters, times)
         save(plots, self.output / "plots")
         write_text(self.output / "results.csv", as_csv(drafters, times))
@@ -386,16 +439,24 @@ class Evaluate:
                 exactness=exactness,
                 plots=plots,
                 passages={
-                    d.name: passages_of(target, prompts, measurements, d.name) for d in drafters
+                    d.name: passages_of(
+                        target, prompts, measurements, d.name, traces.get(d.name, ())
+                    )
+                    for d in drafters
                 },
                 facts=facts,
                 times=times,
+                lengths=lengths,
             ),
         )
         write_json(
             self.output / "results.json",
             {
                 "drafters": as_json(drafters, times),
+                "block_efficiency_by_length": {
+                    name: {where: without_nan(asdict(found)) for where, found in row.items()}
+                    for name, row in lengths.items()
+                },
                 "exactness": exactness,
                 "num_prompts": len(prompts),
                 "settings": settings,

@@ -3,10 +3,14 @@
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from decode import StepRecord
 from distill.prompts import Prompt
+from distill.report.bootstrap import Interval
+from distill.report.drafts import STYLE as DRAFT_STYLE
+from distill.report.drafts import DrawnStep, drawn
 from distill.report.figures import DrafterFigures, Measurement, Output
 from distill.report.tables import (
     HEADER,
@@ -72,6 +76,7 @@ KINDS = {
     "b": "bonus: the target's token behind a draft that was accepted whole, or behind none",
 }
 NUM_PASSAGES = 3
+NO_LENGTHS: Mapping[str, Mapping[str, Interval]] = {}
 ANCHOR = 8  # tokens of the prompt that are decoded along: some tokenizers strip what comes first
 PROMPT_SHOWN = 1500  # characters: its end, next to which the output stands
 
@@ -85,12 +90,14 @@ class Passage:
         prompt: its text.
         tokens: texts of the output tokens.
         output: whose steps say who wrote them.
+        steps: its drafts, where they were traced.
     """
 
     source: str
     prompt: str
     tokens: list[str]
     output: Output
+    steps: list[DrawnStep] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +139,9 @@ def passages_of(
     prompts: Sequence[Prompt],
     measurements: Sequence[Measurement],
     mode: str,
+    records: Sequence[StepRecord] = (),
 ) -> list[Passage]:
-    """What one mode made of the first few prompts."""
+    """What one mode made of the first few prompts; `records` are its steps, where traced."""
     outputs = {
         output.prompt_id: output
         for m in measurements
@@ -141,10 +149,23 @@ def passages_of(
         for output in m.outputs
     }
     return [
-        Passage(p.source, p.text, token_texts(target, output.tokens, p.ids[-ANCHOR:]), output)
+        Passage(
+            p.source,
+            p.text,
+            token_texts(target, output.tokens, p.ids[-ANCHOR:]),
+            output,
+            [_drawn_step(target, record) for record in records if record.request_id == p.id],
+        )
         for p in prompts[:NUM_PASSAGES]
         for output in [outputs[p.id]]
     ]
+
+
+def _drawn_step(target: LoadedTarget, record: StepRecord) -> DrawnStep:
+    texts = [target.tokenizer.decode([token]) for token in record.tokens]
+    was_cut = len(record.emitted) <= len(record.path)
+    last = "" if was_cut else target.tokenizer.decode([record.emitted[-1]])
+    return DrawnStep(record, texts, last)
 
 
 def token_texts(
@@ -179,13 +200,14 @@ def page(
     passages: Mapping[str, Sequence[Passage]],
     facts: Mapping[str, Any],
     times: Mapping[str, StepTimes] = NO_TIMES,
+    lengths: Mapping[str, Mapping[str, Interval]] = NO_LENGTHS,
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
     legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in KINDS.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{STYLE}{DRAFT_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(lead)}</p>
 <div class="verdict">{"<br>".join(map(html.escape, verdicts(drafters, exactness)))}</div>
@@ -195,6 +217,7 @@ prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the targe
 Of the two speedups, quote the smaller.</p>
 <h2>Plots</h2>
 {"".join(_image(name, data) for name, data in plots.items())}
+{_by_length(lengths)}
 <h2>Who wrote which token</h2>
 <p class="legend"><span class="p">prompt</span>{legend}<span class="s">begin of a step</span></p>
 {_tabs({name: "".join(map(_passage, rows)) for name, rows in passages.items()})}
@@ -211,6 +234,17 @@ def _figures(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes])
     names = dict.fromkeys(name for figures in found.values() for name in figures)
     rows = [[name, *(cell(figures.get(name), 3) for figures in found.values())] for name in names]
     return _table([["figure", *found], *rows])
+
+
+def _by_length(lengths: Mapping[str, Mapping[str, Interval]]) -> str:
+    if not lengths:
+        return ""
+    ranges = list(next(iter(lengths.values())))
+    rows = [[name, *(cell(found[where]) for where in ranges)] for name, found in lengths.items()]
+    return (
+        "<h2>τ by length of the text before the step</h2>"
+        f'<div class="scroll">{_table([["tokens of prompt and output", *ranges], *rows])}</div>'
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -273,6 +307,17 @@ def _passage(passage: Passage) -> str:
     return (
         f"<p>{html.escape(head)}</p>"
         f'<pre><span class="p">{html.escape(prompt)}</span>{"".join(spans)}</pre>'
+        + _drafts(passage.steps)
+    )
+
+
+def _drafts(steps: Sequence[DrawnStep]) -> str:
+    """The drafts of a passage, folded away."""
+    if not steps:
+        return ""
+    return (
+        f"<details><summary>The {len(steps)} drafts of this output</summary>"
+        f"{''.join(map(drawn, steps))}</details>"
     )
 
 

@@ -205,13 +205,14 @@ def as_json(
             "milliseconds_per_step": {phase: asdict(x) for phase, x in times[d.name].items()},
             "against_first": {name: verdict(x) for name, x in relative.items() if x is not None},
         }
-        found[d.name] = _without_nan(fields)
+        found[d.name] = without_nan(fields)
     return found
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """What is undefined becomes null, for JSON has no NaN."""
     if isinstance(value, dict):
         if isinstance(value.get("value"), float) and math.isnan(value["value"]):
             return None
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return [_without_nan(entry) for entry in value] if isinstance(value, list) else value
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return [without_nan(entry) for entry in value] if isinstance(value, list) else value

@@ -202,6 +202,33 @@ def test_trees_and_other_rules_are_chosen_by_settings(
     assert found["exactness"] == "approximate"
 
 
+def test_a_trace_keeps_every_step_and_the_page_draws_it(folders: Path, tmp_path: Path) -> None:
+    report = evaluation(folders, tmp_path, draft=ExpansionTrees(counts=(2, 1)), trace=True).run()
+    lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for measurement in read_journal(tmp_path / "measurements.jsonl"):
+        if measurement.mode not in ("good", "bad"):
+            continue
+        (output,) = measurement.outputs
+        steps = [
+            record
+            for record in records
+            if (record["drafter"], record["request_id"]) == (measurement.mode, output.prompt_id)
+        ]
+        assert [record["step"] for record in steps] == list(range(2, len(output.steps) + 1))
+        assert [token for record in steps for token in record["emitted"]] == output.tokens[1:]
+        for record, (drafted, accepted, emitted, _) in zip(steps, output.steps[1:], strict=True):
+            assert len(record["tokens"]) == len(record["parents"]) == drafted + 1
+            assert len(record["path"]) == accepted
+            assert len(record["emitted"]) == emitted
+            taken = [record["tokens"][node] for node in record["path"]]
+            assert record["emitted"][:accepted] == taken
+            assert record["seconds"].keys() == {"draft", "verify", "other"}
+    assert report.read_text().count("<svg") > 20
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["block_efficiency_by_length"].keys() == {"good", "bad"}
+
+
 def test_texts_of_tokens_add_up(folders: Path) -> None:
     target = TargetSettings(path=str(folders / "target")).load()
     tokens = [5, 6, 7]

@@ -3,11 +3,15 @@
 import html
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from decode import StepRecord
 from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
+from distill.report.by_length import by_length
+from distill.report.drafts import DrawnStep, tree
 from distill.report.figures import AUTOREGRESSIVE, Measurement, Output, figures
 from distill.report.html import Passage, marks, page
 from distill.report.plots import all_plots
@@ -184,3 +188,45 @@ def test_higher_and_lower_are_said_only_of_clear_intervals() -> None:
     assert verdict(Interval(1.2, 1.1, 1.3)) == "higher"
     assert verdict(Interval(0.8, 0.7, 0.9)) == "lower"
     assert verdict(Interval(1.2, 0.9, 1.4)) == "not distinguishable"
+
+
+def test_efficiency_by_length_by_hand() -> None:
+    lengths = {f"p{unit}": 10 for unit in range(4)}
+    table = by_length(ALL, ["weak", "strong"], lengths, num_resamples=50, seed=0)
+    # Steps begin at 11, 12, 14 (weak) and 11, 14 (strong): quartiles 11, 11, 12, 14, 14.
+    assert {name: list(row) for name, row in table.items()} == {
+        "weak": ["11–11", "12–14"],
+        "strong": ["11–11", "12–14"],
+    }
+    assert [interval.value for interval in table["weak"].values()] == [1.0, 2.5]
+    assert [interval.value for interval in table["strong"].values()] == [3.0, 3.0]
+    assert by_length(ALL, [], lengths, num_resamples=50, seed=0) == {}
+
+
+def test_a_draft_is_drawn_with_what_became_of_it() -> None:
+    record = StepRecord(
+        request_id="a",
+        step=2,
+        length=7,
+        tokens=[1, 2, 3, 4, 5],
+        parents=[-1, 0, 0, 1, 1],
+        path=[1],
+        emitted=[2, 9],
+        seconds={"draft": 0.001},
+    )
+    picture = tree(DrawnStep(record, ["a", " b", "<c>", "d\n", "a long, long token"], "own"))
+    found = ElementTree.fromstring(picture).find("svg")
+    assert found is not None
+    boxes = found.findall("g")
+    assert [box.get("class") for box in boxes] == ["", "a", "", "", "", "r"]
+    labels = [box.findtext("text") for box in boxes]
+    assert labels == ["a", "·b", "<c>", "d⏎", "a·long,·l…", "own"]
+    at = [(int(box.find("rect").get("x")), int(box.find("rect").get("y"))) for box in boxes]  # type: ignore[union-attr,arg-type]
+    assert len(set(at)) == len(at)
+    assert at[1][0] == at[2][0] > at[0][0]  # siblings share a column
+    assert at[1][1] == at[0][1] < at[3][1] + 1  # a first child stands beside its parent
+    assert len(found.findall("path")) == 5
+    whole = DrawnStep(StepRecord("a", 2, 7, [1, 2], [-1, 0], [1], [2, 9], {}), ["a", "b"], "own")
+    assert 'class="b"' in tree(whole)
+    cut = DrawnStep(StepRecord("a", 2, 7, [1, 2], [-1, 0], [1], [2], {}), ["a", "b"], "")
+    assert 'class="b"' not in tree(cut)
