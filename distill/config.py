@@ -54,6 +54,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("draft", "confidence", "decode.drafters.ConfidentChains"),
     ("draft", "cost_aware", "decode.drafters.CostAwareChains"),
     ("draft", "hybrid", "decode.drafters.HybridChains"),
+    ("draft", "merged", "decode.drafters.MergedTrees"),
     ("draft", "expansion", "decode.drafters.ExpansionTrees"),
     ("draft", "planned", "decode.drafters.PlannedTrees"),
     ("draft", "dynamic", "decode.drafters.DynamicTrees"),

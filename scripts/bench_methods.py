@@ -54,6 +54,7 @@ from decode.drafters import (
     ExpansionTrees,
     HeuristicChains,
     HybridChains,
+    MergedTrees,
     NoDrafter,
     PromptLookup,
     SuffixDrafts,
@@ -120,6 +121,7 @@ def methods(length: int) -> dict[str, Method]:
         Method(SpeculativeSampling(), SuffixDrafts(as_tree=True)),
         Method(SpeculativeSampling(), SuffixDrafts(factor=4.0)),
         Method(SpeculativeSampling(), HybridChains(length=length)),
+        Method(SpeculativeSampling(), MergedTrees()),
     ]
     named = {f"{brief(method.rule)} | {brief(method.draft)}": method for method in listed}
     return {f"- | {PLAIN}": Method(SpeculativeSampling(), None)} | named

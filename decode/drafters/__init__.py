@@ -9,6 +9,7 @@ from decode.drafters.drafting import (
     ExpansionTrees,
     HeuristicChains,
     HybridChains,
+    MergedTrees,
     PlannedTrees,
 )
 from decode.drafters.hybrid import HybridDrafter
@@ -41,6 +42,7 @@ __all__ = [
     "LikeliestChildren",
     "LikeliestPaths",
     "MergedDrafter",
+    "MergedTrees",
     "ModelFree",
     "NoDrafter",
     "PlannedTrees",

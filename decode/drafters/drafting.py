@@ -1,7 +1,7 @@
 """How a language model drafts, as settings: each builds the drafter of one checkpoint."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
+from decode.drafters.merged import MergedDrafter
 from decode.drafters.model_free import SuffixDrafts
 from decode.drafters.planned_trees import (
     DistinctChildren,
@@ -198,6 +199,32 @@ class DynamicTrees:
         """Their drafter."""
         shape = LikeliestPaths(width=self.width, depth=self.depth, size=self.size)
         return LMTreeDrafter(model, target=target, shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTrees:
+    """Branches of suffixes and of the model in one tree, verified together.
+
+    Attributes:
+        budget: drafted nodes at most: half of them for suffixes, the others for the model.
+        suffix: how suffixes are drafted; as trees, whatever it says of that and of their size.
+        width: see `DynamicTrees`.
+        depth: see `DynamicTrees`.
+    """
+
+    budget: int = 12
+    suffix: SuffixDrafts = field(default_factory=SuffixDrafts)
+    width: int = 3
+    depth: int = 3
+
+    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+        """Their drafter."""
+        share = self.budget // 2
+        shape = LikeliestPaths(width=self.width, depth=self.depth, size=self.budget - share)
+        suffix = replace(self.suffix, as_tree=True, max_tokens=share)
+        return MergedDrafter(
+            [suffix.build(target), LMTreeDrafter(model, target=target, shape=shape)]
+        )
 
 
 CHILDREN: dict[str, Callable[[TreePlan], TreeShape]] = {

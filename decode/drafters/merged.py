@@ -88,6 +88,18 @@ class MergedDrafter(Drafter):
         for drafter in self.drafters:
             drafter.end(slot, output)
 
+    def learn(self, output: Sequence[int]) -> None:
+        """Show a finished output to those who learn from outputs."""
+        for drafter in self.drafters:
+            if learn := getattr(drafter, "learn", None):
+                learn(output)
+
+    def forget(self) -> None:
+        """Let those who learn begin anew; no sequence may be under way."""
+        for drafter in self.drafters:
+            if forget := getattr(drafter, "forget", None):
+                forget()
+
 
 def _of_own(own: Draft, merged: Acceptance, places: list[list[int]] | None) -> Acceptance:
     """What was accepted of one drafter's tree, as far down as the accepted path is its own."""

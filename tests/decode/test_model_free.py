@@ -22,6 +22,7 @@ from decode.drafters import (
     DynamicTrees,
     HybridChains,
     HybridDrafter,
+    MergedTrees,
     PromptLookup,
     PromptLookupDrafter,
     SuffixDrafter,
@@ -74,6 +75,35 @@ def test_greedy_output_is_the_targets_own(tiny, greedy, name, batch):
         assert result.tokens == greedy(model, text, 40)
     total = sum((result.stats for result in results), GenerationStats())
     assert total.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_suffixes_and_a_model_in_one_tree(tiny, perturbed, greedy, batch):
+    model = tiny("llama", vocab_size=11)
+    target = Target(model, max_batch_size=batch)
+    drafter = MergedTrees(budget=8).build(perturbed(model, 0.3), target)
+    widest = []
+    propose = drafter.propose
+
+    def noted(context):
+        draft = propose(context)
+        widest.append(draft.tokens.shape[1] - 1)
+        return draft
+
+    drafter.propose = noted
+    drafter.learn([3, 1, 4, 1, 5, 9])
+    texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5]]
+    params = SamplingParams(max_new_tokens=40)
+    results = SpeculativeDecoder(target, drafter).generate(
+        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+    )
+    for text, result in zip(texts, results, strict=True):
+        assert result.tokens == greedy(model, text, 40)
+    assert 4 < max(widest) <= 8
+    suffix = drafter.drafters[0]
+    assert suffix.cache.num_tokens == 6 + 4 * 40
+    drafter.forget()
+    assert suffix.cache.num_tokens == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
