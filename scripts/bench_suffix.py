@@ -296,7 +296,6 @@ def growth(job: dict[str, Any]) -> list[dict[str, float]]:
             document = next(waiting, None)
             if document is None:
                 return found
-            document = document[: goal - total]
             cache.add_output(document)
             total += len(document)
         row = replay(cache, unseen, job["depth"], tree=False, factor=1.0)

@@ -1,5 +1,6 @@
 """Text that was seen before where it promises more, a trained drafter elsewhere."""
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -13,15 +14,26 @@ from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import SamplingBatch
 
 KEPT = 0.95  # of what a running mean knew, at each new observation
+EXPLORED = (
+    32  # of so many steps without a draft one is drafted all the same, to see whether it pays
+)
+
+
+class Choice(enum.Enum):
+    """Whose draft a sequence takes in a step."""
+
+    SUFFIX = enum.auto()
+    TRAINED = enum.auto()
+    NOTHING = enum.auto()
 
 
 class HybridDrafter(Drafter):
     """Suffix first (SuffixDecoding v3, Oliaro et al. 2025, hybrid).
 
     A sequence takes the suffix draft where its score, the accepted tokens it expects, reaches
-    `threshold`. Without a threshold it takes the draft of the higher expected tokens per second:
-    scores are corrected by how many tokens such drafts really had accepted, the trained drafter is
-    credited with its running mean, and each pays what its step costs.
+    `threshold`. Without a threshold it takes what gives most tokens per second, be it no draft at
+    all: scores are corrected by how many tokens such drafts really had accepted, the trained
+    drafter is credited with its running mean, and each pays what its step costs.
 
     The trained drafter reads what it has missed when its turn comes.
     """
@@ -50,13 +62,15 @@ class HybridDrafter(Drafter):
         # Running sums: score of suffix drafts, what was accepted of them, and of trained ones.
         self._promised, self._kept = 1.0, 1.0
         self._drafts, self._accepted = 1.0, 1.0
-        self._by_suffix: list[bool] = []
+        self._choices: list[Choice] = []
+        self._steps_without = 0
         self._of_trained: tuple[Context, Draft] | None = None
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`."""
         self.suffix.begin(slot, prompt, hidden)
-        self.trained.begin(slot, prompt, hidden)
+        # It reads what it has missed when its turn comes, which for some texts is never.
+        self.trained.begin(slot, prompt if self.hidden_layers else prompt[:1], hidden)
 
     def propose(self, context: Context) -> Draft:
         """For each sequence the draft that promises more.
@@ -65,15 +79,26 @@ class HybridDrafter(Drafter):
             ValueError: suffix trees beside drafts that were drawn at random.
         """
         found = self.suffix.propose(context)
-        self._by_suffix = [self._is_worth(d.score, len(d.token_ids)) for d in self.suffix.drafts]
-        rows = [row for row, chosen in enumerate(self._by_suffix) if not chosen]
+        self._choices = [self._choose(d.score, len(d.token_ids)) for d in self.suffix.drafts]
+        nothing = [row for row, choice in enumerate(self._choices) if choice is Choice.NOTHING]
+        if nothing:
+            num_nodes = found.num_nodes.clone()
+            num_nodes[nothing] = 1
+            width = int(num_nodes.max())
+            found = replace(
+                found,
+                tokens=found.tokens[:, :width],
+                parents=found.parents[:, :width],
+                num_nodes=num_nodes,
+            )
+        rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
         self._of_trained = None
         if not rows:
             return found
         part = _rows_of(context, rows)
         drafted = self.trained.propose(part)
         self._of_trained = part, drafted
-        if len(rows) == len(self._by_suffix):
+        if len(rows) == len(self._choices):
             return drafted
         return _interleaved(found, drafted, rows)
 
@@ -82,20 +107,20 @@ class HybridDrafter(Drafter):
     ) -> None:
         """Tell each of its own drafts, and learn what they are worth."""
         self.suffix.observe(context, draft, acceptance, target_logits)
-        if not self._by_suffix:  # a prompt's own forward
+        if not self._choices:  # a prompt's own forward
             self.trained.observe(context, draft, acceptance, target_logits)
             return
         counts = acceptance.num_accepted.tolist()
-        for found, count, chosen in zip(self.suffix.drafts, counts, self._by_suffix, strict=True):
-            if chosen:
+        for found, count, choice in zip(self.suffix.drafts, counts, self._choices, strict=True):
+            if choice is Choice.SUFFIX:
                 self._promised = KEPT * self._promised + found.score
                 self._kept = KEPT * self._kept + count
-            else:
+            elif choice is Choice.TRAINED:
                 self._drafts = KEPT * self._drafts + 1
                 self._accepted = KEPT * self._accepted + count
         if self._of_trained is not None:
             part, own = self._of_trained
-            rows = [row for row, chosen in enumerate(self._by_suffix) if not chosen]
+            rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
             width = own.tokens.shape[1]
             told = Acceptance(
                 acceptance.path[rows, :width],
@@ -104,7 +129,7 @@ class HybridDrafter(Drafter):
                 acceptance.num_tried[rows],
             )
             self.trained.observe(part, own, told, target_logits[rows, :width])
-        self._by_suffix, self._of_trained = [], None
+        self._choices, self._of_trained = [], None
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """The sequence in `slot` is finished."""
@@ -120,15 +145,22 @@ class HybridDrafter(Drafter):
         self.suffix.forget()
         self._promised = self._kept = self._drafts = self._accepted = 1.0
 
-    def _is_worth(self, score: float, size: int) -> bool:
-        if size == 0:
-            return False
+    def _choose(self, score: float, size: int) -> Choice:
         if self.threshold is not None:
-            return score >= self.threshold
-        own = self.costs.verify[min(size, self.costs.longest)] + self.costs.other
-        theirs = self.costs.seconds(self.length)
-        expected = 1 + score * self._kept / self._promised
-        return expected / own >= (1 + self._accepted / self._drafts) / theirs
+            return Choice.SUFFIX if size and score >= self.threshold else Choice.TRAINED
+        costs = self.costs
+        alone = 1 / costs.seconds(0)
+        trained = (1 + self._accepted / self._drafts) / costs.seconds(self.length)
+        suffix = 0.0
+        if size:
+            spent = costs.verify[min(size, costs.longest)] + costs.other
+            suffix = (1 + score * self._kept / self._promised) / spent
+        if suffix >= max(alone, trained):
+            return Choice.SUFFIX
+        if trained >= alone:
+            return Choice.TRAINED
+        self._steps_without += 1
+        return Choice.TRAINED if self._steps_without % EXPLORED == 0 else Choice.NOTHING
 
 
 def _rows_of(context: Context, rows: list[int]) -> Context:
