@@ -156,9 +156,10 @@ class SuffixDecodingCache:
     def add_output(self, token_ids: Tokens) -> None:
         """Keep an output without a request: to fill a cache with what is there already."""
         with self._lock:
+            tokens = as_text(token_ids)
             key = _Unnamed()
             document = self._open(key)
-            self._extend(self._shared, document.slot, as_tokens(token_ids), 0)
+            self._extend(self._shared, document.slot, tokens, 0)
             self._close(document)
 
     @property
@@ -200,7 +201,7 @@ class SuffixDecodingCache:
         with self._lock:
             if req_id in self._local:
                 raise ValueError(f"request {req_id!r} is active already; stop it first")
-            tokens = as_tokens(prompt_token_ids)
+            tokens = as_text(prompt_token_ids)
             arena = self._spare.pop() if self._spare else Arena(self._depth)
             arena.clear()
             open_slot(arena.address, 0)
@@ -222,7 +223,7 @@ class SuffixDecodingCache:
             arena = self._local.get(req_id)
             if arena is None:
                 raise ValueError(f"request {req_id!r} is not active; start it first")
-            tokens = as_tokens(token_ids)
+            tokens = as_text(token_ids)
             document = self._cached.get(req_id)
             slot = -1 if document is None else document.slot
             taken, shared = extend_both(arena.address, self._shared.address, slot, tokens)
@@ -435,11 +436,21 @@ def as_tokens(tokens: Tokens) -> np.ndarray:
     """Token ids as a row of 32-bit integers.
 
     Raises:
-        ValueError: not one row, or negative ids.
+        ValueError: not one row.
     """
     array = np.ascontiguousarray(tokens, dtype=np.int32)
     if array.ndim != 1:
         raise ValueError(f"token ids must be one row, got an array of shape {array.shape}")
+    return array
+
+
+def as_text(tokens: Tokens) -> np.ndarray:
+    """Token ids that are to be kept.
+
+    Raises:
+        ValueError: not one row, or negative ids.
+    """
+    array = as_tokens(tokens)
     if len(array) and array.min() < 0:
         raise ValueError(f"token ids must not be negative, got {array.min()}")
     return array

@@ -165,7 +165,7 @@ def child_by(header, node, token):
     """The child that begins with `token`."""
     if header[FROZEN]:
         if node == 0:
-            if token >= header[VOCABULARY]:
+            if not 0 <= token < header[VOCABULARY]:
                 return 0
             return int(words_at(header[BY_TOKEN])[token])
         return frozen_child(header, node, token)

@@ -501,6 +501,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "index").read_bytes() == before
 
 
+def test_ids_that_nobody_has_are_asked_for(tmp_path: Path) -> None:
+    index = SuffixDecodingCache(16)
+    index.add_output([1, 2, 3, 1, 2])
+    contexts = [np.array([1, 2, -1]), np.array([-1, 1, 2]), np.array([5, 7]), np.array([9, 10**9])]
+    index.save(tmp_path / "index")
+    for cache in (index, SuffixDecodingCache.open(tmp_path / "index")):
+        found = drafts_of(cache, contexts)
+        assert [tokens for tokens, *_ in found] == [[], [], [3, 1, 2], [3, 1, 2], [], [], [], []]
+
+
 def test_counts_above_16_bits_survive(tmp_path: Path) -> None:
     index = SuffixDecodingCache(3)
     index.add_output(np.tile([1, 2, 1, 3, 1, 2], 25_000))
