@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import numpy as np
 
@@ -161,6 +162,8 @@ class SuffixDecodingCache:
             document = self._open(key)
             self._extend(self._shared, document.slot, tokens, 0)
             self._close(document)
+            if self._leaving or self._max_tokens >= 0:
+                self._make_way(64 + 4 * len(tokens))
 
     @property
     def max_tree_depth(self) -> int:
@@ -322,6 +325,17 @@ class SuffixDecodingCache:
                 score,
                 length,
             )
+
+    def speculate_batch(
+        self, requests: Sequence[tuple[Hashable, Tokens]], **limits: Any
+    ) -> list[SuffixDraft]:
+        """`speculate` for many (request, context) at once; `limits` are its other arguments.
+
+        Raises:
+            ValueError: a request is not active.
+        """
+        with self._lock:
+            return [self.speculate(req_id, context, **limits) for req_id, context in requests]
 
     def _extend(self, arena: Arena, slot: int, tokens: np.ndarray, start: int) -> None:
         while (start := extend(arena.address, slot, tokens, start)) < len(tokens):

@@ -188,6 +188,18 @@ def test_pages_of_text_are_crossed() -> None:
             assert draft.score == pytest.approx(best, abs=1e-4)
 
 
+def test_many_requests_at_once() -> None:
+    index = SuffixDecodingCache(16)
+    index.start_request("a", [1, 2, 3, 4, 1, 2])
+    index.start_request("b", [5, 6, 7, 5, 6])
+    asked = [("a", [4, 1, 2]), ("b", np.array([7, 5, 6])), ("a", [9, 9])]
+    drafts = index.speculate_batch(asked, max_spec_factor=0.5)
+    assert [draft.token_ids for draft in drafts] == [[3], [7], []]
+    assert drafts == [index.speculate(*one, max_spec_factor=0.5) for one in asked]
+    with pytest.raises(ValueError, match="'c' is not active"):
+        index.speculate_batch([("a", [1]), ("c", [1])])
+
+
 def test_a_context_that_is_not_the_end_of_the_request_is_looked_up_all_the_same() -> None:
     index = SuffixDecodingCache(16)
     index.start_request("a", [1, 2, 3, 4, 5, 6])
@@ -277,6 +289,9 @@ def test_a_budget_of_tokens_is_kept_while_others_grow() -> None:
     kept = list(index.cached_requests)
     assert kept == list(range(kept[0], 30))
     assert index.num_tokens >= 300
+    for _ in range(20):
+        index.add_output(rng.integers(0, 9, 100))
+        assert index.num_tokens <= 500
 
 
 def test_without_a_cache_only_the_request_itself_is_asked() -> None:
