@@ -31,6 +31,7 @@ from decode.suffix.layout import (
     WIDEST,
 )
 
+LARGEST = (1 << 31) - 1  # words in an array
 HUGE = 1 << 24  # bytes from which an array is worth pages of 2 MiB
 
 
@@ -101,11 +102,16 @@ class Arena:
         }
         for array, words in needed.items():
             if words > header[CAPACITY + array]:
-                self._resize(array, int(words * 3 // 2))
+                self._resize(array, max(int(words), min(int(words) * 3 // 2, LARGEST)))
         if 2 * header[NUM_ROOTS] >= header[ROOT_MASK]:
             self._rehash()
 
     def _resize(self, array: int, words: int) -> None:
+        if words > LARGEST:
+            raise OverflowError(
+                f"the suffix index is full with {self.header[TOKENS]} tokens, for its places have "
+                "32 bits; give max_cached_tokens, or split the past"
+            )
         size = -(-words * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
         old = self._maps.get(array)
         if old is None:

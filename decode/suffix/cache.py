@@ -1,7 +1,7 @@
 """The texts of many requests as drafts for the next ones: SuffixDecoding's two trees."""
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,10 +93,12 @@ class SuffixDecodingCache:
         self._free_slots = list(range(7, -1, -1))
         self._local: dict[Hashable, Arena] = {}
         self._spare: list[Arena] = []
-        self._cached: dict[Hashable, _Document] = {}
+        # Ordered dictionaries: their first key is at hand however many went before it.
+        self._cached: OrderedDict[Hashable, _Document] = OrderedDict()
         self._started = 0
         self._leaving: deque[_Document] = deque()  # taken out bit by bit
-        self._present: dict[int, _Document] = {}  # by start, whose strings are not all taken out
+        # By start, whose strings are not all taken out.
+        self._present: OrderedDict[int, _Document] = OrderedDict()
         self._released: list[tuple[int, int]] = []  # (ended, first page), a heap
         self._room = _WorkingMemory(64)
 
@@ -160,8 +162,10 @@ class SuffixDecodingCache:
             tokens = as_text(token_ids)
             key = _Unnamed()
             document = self._open(key)
-            self._extend(self._shared, document.slot, tokens, 0)
-            self._close(document)
+            try:
+                self._extend(self._shared, document.slot, tokens, 0)
+            finally:
+                self._close(document)
             if self._leaving or self._max_tokens >= 0:
                 self._make_way(64 + 4 * len(tokens))
 
@@ -406,7 +410,7 @@ class SuffixDecodingCache:
             del self._present[document.started]
             heapq.heappush(self._released, (document.ended, document.first_page))
             # A node may refer to a text as long as an output that began before its end is there.
-            oldest = min(self._present, default=self._started)
+            oldest = next(iter(self._present), self._started)
             while self._released and self._released[0][0] <= oldest:
                 release_pages(self._shared.address, heapq.heappop(self._released)[1])
         return before - self.num_tokens

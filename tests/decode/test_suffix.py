@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decode.suffix import SuffixDecodingCache, SuffixDraft
+from decode.suffix import SuffixDecodingCache, SuffixDraft, arena
 from decode.suffix.compiled import cache_folder
 from decode.suffix.frozen import previous
 
@@ -340,6 +340,16 @@ def test_many_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert index.num_tokens == 0
         assert sum(pool.map(work, range(40))) == index.num_tokens
+
+
+def test_a_full_index_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = SuffixDecodingCache(4)
+    index.add_output([1, 2, 3, 1, 2])
+    monkeypatch.setattr(arena, "LARGEST", 50_000)
+    with pytest.raises(OverflowError, match="index is full with"):
+        index.add_output(np.random.default_rng(0).integers(0, 1000, 100_000))
+    index.start_request("a", [])
+    assert index.speculate("a", [9, 1, 2]).match_len == 2
 
 
 def test_large_vocabularies_and_busy_nodes() -> None:
