@@ -12,7 +12,7 @@ intervals over prompts, paired.
 import argparse
 import json
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,13 @@ def brief(settings: Any) -> str:
     given = [
         f"{field.name}={getattr(settings, field.name)!r}"
         for field in fields(settings)
-        if getattr(settings, field.name) != field.default
+        if getattr(settings, field.name) != _default(field)
     ]
     return f"{type(settings).__name__}({', '.join(given)})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass
