@@ -14,9 +14,7 @@ from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import SamplingBatch
 
 KEPT = 0.95  # of what a running mean knew, at each new observation
-EXPLORED = (
-    32  # of so many steps without a draft one is drafted all the same, to see whether it pays
-)
+EXPLORED = 32  # of so many steps that would go without a draft one is drafted, to see if it pays
 
 
 class Choice(enum.Enum):
@@ -144,6 +142,7 @@ class HybridDrafter(Drafter):
         """Begin with an empty cache; no sequence may be under way."""
         self.suffix.forget()
         self._promised = self._kept = self._drafts = self._accepted = 1.0
+        self._steps_without = 0
 
     def _choose(self, score: float, size: int) -> Choice:
         if self.threshold is not None:

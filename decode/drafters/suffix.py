@@ -58,14 +58,12 @@ class SuffixDrafter(Drafter):
 
     def learn(self, output: Sequence[int]) -> None:
         """Keep a finished output for the requests to come."""
-        key = self._new_key()
-        self.cache.start_request(key, [])
-        self.cache.add_active_response(key, output)
-        self.cache.stop_request(key)
+        self.cache.add_output(output)
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """Index the prompt, for this request alone."""
-        sequence = _Sequence(self._new_key(), len(prompt), len(prompt))
+        self._started += 1
+        sequence = _Sequence(self._started, len(prompt), len(prompt))
         self.cache.start_request(sequence.key, prompt.numpy())
         self._sequences[slot] = sequence
 
@@ -103,7 +101,3 @@ class SuffixDrafter(Drafter):
         read = sequence.length - sequence.prompt_length
         self.cache.add_active_response(sequence.key, output[read:])
         self.cache.stop_request(sequence.key)
-
-    def _new_key(self) -> int:
-        self._started += 1
-        return self._started

@@ -160,8 +160,7 @@ class SuffixDecodingCache:
         """Keep an output without a request: to fill a cache with what is there already."""
         with self._lock:
             tokens = as_text(token_ids)
-            key = _Unnamed()
-            document = self._open(key)
+            document = self._open(_Unnamed())
             try:
                 self._extend(self._shared, document.slot, tokens, 0)
             finally:
