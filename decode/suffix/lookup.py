@@ -233,14 +233,16 @@ def speculate(
     offset,
     least,
     as_tree,
+    size,
     best,
+    found,
     capacity,
     drafts,
     probs,
     items,
     chances,
 ):
-    """The best draft of one tree, if it is better than `best`.
+    """The best draft of one tree, or the best so far where that is no worse.
 
     Args:
         header: of the tree.
@@ -253,7 +255,9 @@ def speculate(
         offset: see `factor`.
         least: least D of a drafted token.
         as_tree: or a chain.
-        best: score to beat.
+        size: tokens of the best draft so far, which is where drafts begin.
+        best: its score.
+        found: the length of its match.
         capacity: tokens that a draft has room for in what follows.
         drafts: [2, 2, capacity] tokens and parents; the result is in the first half.
         probs: [2, capacity] their probabilities, likewise.
@@ -261,7 +265,7 @@ def speculate(
         chances: see `items`.
 
     Returns:
-        Tokens drafted, their score and the length of the match; (-1, best, 0) for nothing better.
+        `size`, `best` and `found` of the better one.
     """
     slots = words_at(header[SLOTS])
     tokens, parents = words_at(drafts + 8 * capacity), words_at(drafts + 12 * capacity)
@@ -276,7 +280,6 @@ def speculate(
     known = min(matched, longest)
     if matched == follows:  # else a longer suffix occurs once, at the end of itself
         known = longest_match(header, context, known, longest)
-    size, found = -1, 0
     for length in range(known, 0, -1):
         allowed = max(min(most, int(length * factor + offset + 1e-6)), 0)
         if allowed <= best:
@@ -359,24 +362,18 @@ def speculate_both(
         rows = words_at(shared[SLOTS])
         seen = min(len(context), rows[slot * (SLOT_WORDS + shared[DEPTH] + 1) + LENGTH])
     if in_own:
-        drafted, better, length = speculate(
-            own, own_slot, context, own_seen, most, factor, offset, least, as_tree, score,
-            capacity, drafts, probs, items, chances,
+        size, score, found = speculate(
+            own, own_slot, context, own_seen, most, factor, offset, least, as_tree,
+            size, score, found, capacity, drafts, probs, items, chances,
         )  # fmt: skip
-        if drafted >= 0:
-            size, score, found = drafted, better, length
     if in_shared:
-        drafted, better, length = speculate(
-            shared, slot, context, seen, most, factor, offset, least, as_tree, score,
-            capacity, drafts, probs, items, chances,
+        size, score, found = speculate(
+            shared, slot, context, seen, most, factor, offset, least, as_tree,
+            size, score, found, capacity, drafts, probs, items, chances,
         )  # fmt: skip
-        if drafted >= 0:
-            size, score, found = drafted, better, length
         if frozen_address != 0:
-            drafted, better, length = speculate(
+            size, score, found = speculate(
                 longs_at(frozen_address), -1, context, 0, most, factor, offset, least, as_tree,
-                score, capacity, drafts, probs, items, chances,
+                size, score, found, capacity, drafts, probs, items, chances,
             )  # fmt: skip
-            if drafted >= 0:
-                size, score, found = drafted, better, length
     return size, score, found
