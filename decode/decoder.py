@@ -104,16 +104,22 @@ class _Sequence:
 class _Batch:
     """Sequences that make steps together, and what of them stays the same from step to step."""
 
-    def __init__(self, sequences: list[_Sequence]):
+    def __init__(self, sequences: list[_Sequence], tokens: Tensor):
         self.sequences = sequences
         self.slots = [sequence.slot for sequence in sequences]
         self.slot_tensor = torch.tensor(self.slots)
-        neighbours = self.slots[-1] - self.slots[0] == len(self.slots) - 1
-        self.rows = slice(self.slots[0], self.slots[-1] + 1) if neighbours else self.slots
+        self._all_tokens = tokens
+        first, last = self.slots[0], self.slots[-1]
+        self._view = tokens[first : last + 1] if last - first == len(self.slots) - 1 else None
         self.sampling = SamplingBatch.of(
             [sequence.sampling for sequence in sequences],
             [sequence.generator for sequence in sequences],
         )
+
+    def tokens(self, longest: int) -> Tensor:
+        """[B, longest] committed tokens; a view, no copy, where the slots are neighbours."""
+        rows = self._all_tokens[self.slots] if self._view is None else self._view
+        return rows.narrow(1, 0, longest)
 
 
 class SpeculativeDecoder:
@@ -147,6 +153,7 @@ class SpeculativeDecoder:
         self.stopping = Stopping(target.eos_token_ids, tokenizer)
         self.on_step = on_step
         self._tokens = torch.zeros(target.max_batch_size, target.max_length + 1, dtype=torch.long)
+        self._integers = torch.arange(target.max_length + 1)
         self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
         self._active: list[_Sequence] = []
@@ -170,7 +177,7 @@ class SpeculativeDecoder:
                 has_entered = yield from self._admit(waiting)
                 if self._active:
                     with torch.inference_mode():  # around many steps: to enter it takes its time
-                        batch = _Batch(self._active)
+                        batch = _Batch(self._active, self._tokens)
                         while not any(sequence.finish_reason for sequence in self._active):
                             self._step(batch)
                 elif not has_entered:
@@ -220,19 +227,23 @@ class SpeculativeDecoder:
     def _context(self, batch: "_Batch") -> Context:
         lengths = [sequence.length for sequence in batch.sequences]
         rooms = [sequence.room - 1 for sequence in batch.sequences]
-        # By way of numpy: small tensors are made from lists at several times the cost.
-        columns = np.array([lengths, rooms])
         return Context(
             slots=batch.slot_tensor,
-            tokens=self._tokens[batch.rows, : max(lengths)],
-            lengths=torch.from_numpy(columns[0]),
-            room=torch.from_numpy(columns[1]),
+            tokens=batch.tokens(max(lengths)),
+            lengths=self._column(lengths),
+            room=self._column(rooms),
             hidden={
                 layer: pad_sequence([s.hidden[layer] for s in batch.sequences], batch_first=True)
                 for layer in self.drafter.hidden_layers
             },
             sampling=batch.sampling,
         )
+
+    def _column(self, numbers: list[int]) -> Tensor:
+        """[B] of small numbers, by the shortest way: making a tensor takes longest of all."""
+        if len(numbers) == 1:
+            return self._integers.narrow(0, numbers[0], 1)
+        return torch.from_numpy(np.array(numbers))
 
     def _truncate(
         self, sequences: list[_Sequence], draft: Draft, acceptance: Acceptance
@@ -404,7 +415,7 @@ class SpeculativeDecoder:
             return
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
-        batch = _Batch(sequences)
+        batch = _Batch(sequences, self._tokens)
         output, before = self.target.prefill(batch.slots, prompts, self.drafter.hidden_layers)
         for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
             self.drafter.begin(sequence.slot, prompt, hidden)

@@ -125,7 +125,7 @@ def argmax(logits: Tensor) -> Tensor:
 
     On the CPU numpy's is ten times as fast as torch's.
     """
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+    if logits.is_cpu and logits.dtype is torch.float32:
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)
 

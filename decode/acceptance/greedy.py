@@ -1,7 +1,8 @@
 """Greedy acceptance: a draft token is kept where it is the target's own argmax."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -28,36 +29,37 @@ class Greedy:
         """Judge `draft` by the argmax of the target's logits [B, N, V]."""
         # The decoder needs the outcome on the host anyway, and there a walk down the tree is both
         # the shortest and the fastest way to write this.
-        choice = _choices(target_logits)
-        tokens = draft.tokens.tolist()
+        choices = argmax(target_logits)
+        wanted, tokens = choices.tolist(), draft.tokens.tolist()
         parents = None if draft.is_chain else draft.parents.tolist()
         width = draft.tokens.shape[1]
-        outcomes = []
+        outcomes, leaves = [], []
         for row, num_nodes in enumerate(draft.num_nodes.tolist()):
-            path = [0]
-            num_tried = 0
-            wanted = choice(row, 0)
+            path, num_tried = [0], 0
             for node in range(1, num_nodes):  # parents come first: a child is met after its parent
                 parent = node - 1 if parents is None else parents[row][node]
                 if parent == path[-1]:
                     num_tried += 1
-                    if tokens[row][node] == wanted:
+                    if tokens[row][node] == wanted[row][parent]:
                         path.append(node)
-                        wanted = choice(row, node)
-            outcomes.append([len(path) - 1, wanted, num_tried, *path, *[-1] * (width - len(path))])
-        # By way of numpy: small tensors are made from lists at several times the cost.
-        columns = np.array(outcomes)
-        parts = (columns[:, 3:], columns[:, 0], columns[:, 1], columns[:, 2])
-        outcome = [torch.from_numpy(part) for part in parts]
-        if target_logits.device.type != "cpu":
-            outcome = [part.to(target_logits.device) for part in outcome]
-        return Acceptance(*outcome)
+            outcomes.append((len(path) - 1, num_tried, *path, *[-1] * (width - len(path))))
+            leaves.append(path[-1])
+        device = choices.device
+        if len(outcomes) == 1:  # the same few outcomes again and again: their tensors are kept
+            count, tried, paths = _columns_of_one(outcomes[0], device)
+            return Acceptance(paths, count, choices.select(1, leaves[0]), tried)
+        count, tried, paths = _columns(outcomes, device)
+        return Acceptance(paths, count, choices[range(len(leaves)), leaves], tried)
 
 
-def _choices(logits: Tensor) -> Callable[[int, int], int]:
-    """The likeliest token of each [row, node] of `logits`."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        rows = logits.numpy()  # where no path gets to, nothing is looked for
-        return lambda row, node: int(rows[row, node].argmax())
-    choices = argmax(logits).tolist()
-    return lambda row, node: int(choices[row][node])
+def _columns(outcomes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers of accepted [B] and of tried tokens [B], and the paths [B, N]."""
+    # By way of numpy: small tensors are made from lists at several times the cost.
+    columns = np.array(outcomes)
+    parts = (columns[:, 0], columns[:, 1], columns[:, 2:])
+    return tuple(torch.from_numpy(part).to(device) for part in parts)
+
+
+@lru_cache(maxsize=1024)
+def _columns_of_one(outcome: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    return _columns([outcome], device)
