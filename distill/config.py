@@ -62,6 +62,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("model_free", "suffix", "decode.drafters.SuffixDrafts"),
     ("model_free", "token_recycling", "decode.drafters.TokenRecycling"),
     ("model_free", "prompt_lookup", "decode.drafters.PromptLookup"),
+    ("model_free", "rest", "decode.drafters.Rest"),
     ("drafter", "lm_from_target", "decode.models.TargetLayersLM"),
     ("drafter", "lm_from_checkpoint", "decode.models.CheckpointLM"),
     ("objective", "cross_entropy", "distill.objectives.CrossEntropy"),

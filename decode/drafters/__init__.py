@@ -18,10 +18,11 @@ from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
 from decode.drafters.merged import MergedDrafter
-from decode.drafters.model_free import ModelFree, PromptLookup, SuffixDrafts, TokenRecycling
+from decode.drafters.model_free import ModelFree, PromptLookup, Rest, SuffixDrafts, TokenRecycling
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.rest import RestDrafter
 from decode.drafters.suffix import SuffixDrafter
 from decode.drafters.token_recycling import TokenRecyclingDrafter
 
@@ -48,6 +49,8 @@ __all__ = [
     "PlannedTrees",
     "PromptLookup",
     "PromptLookupDrafter",
+    "Rest",
+    "RestDrafter",
     "SuffixDrafter",
     "SuffixDrafts",
     "TokenRecycling",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.rest import RestDrafter
 from decode.drafters.suffix import SuffixDrafter
 from decode.drafters.token_recycling import TokenRecyclingDrafter, spreading
 from decode.protocols import Drafter
@@ -73,6 +74,29 @@ class PromptLookup:
     def build(self, target: Target) -> PromptLookupDrafter:
         """Its drafter."""
         return PromptLookupDrafter(longest=self.longest, shortest=self.shortest, length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """REST: what followed in earlier outputs, the most frequent beginnings as a tree.
+
+    Attributes:
+        longest: tokens of a match, at first.
+        shortest: at last.
+        length: tokens of a continuation.
+        size: tokens per draft.
+    """
+
+    longest: int = 16
+    shortest: int = 2
+    length: int = 10
+    size: int = 64
+
+    def build(self, target: Target) -> RestDrafter:
+        """Its drafter."""
+        return RestDrafter(
+            longest=self.longest, shortest=self.shortest, length=self.length, size=self.size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

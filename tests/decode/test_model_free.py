@@ -25,6 +25,8 @@ from decode.drafters import (
     MergedTrees,
     PromptLookup,
     PromptLookupDrafter,
+    Rest,
+    RestDrafter,
     SuffixDrafter,
     SuffixDrafts,
     TokenRecycling,
@@ -40,6 +42,7 @@ SETTINGS = {
     "own": SuffixDrafts(sources="own", min_prob=0.0),
     "past": SuffixDrafts(sources="past", min_prob=0.0),
     "prompt lookup": PromptLookup(longest=2, length=4),
+    "rest": Rest(longest=4, shortest=1, length=4, size=8),
     "token recycling": TokenRecycling(size=6, depth=3, width=3),
 }
 
@@ -153,7 +156,7 @@ def law_of(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float
 
 
 @pytest.mark.parametrize(
-    "name", ["suffix", "suffix tree", "prompt lookup", "token recycling", "hybrid"]
+    "name", ["suffix", "suffix tree", "prompt lookup", "rest", "token recycling", "hybrid"]
 )
 def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
     model = tiny("llama", **TINY)
@@ -223,6 +226,31 @@ def test_token_recycling_drafts_what_was_likely_behind_each_token():
     assert drafter.propose(context_of([[3]])).tokens.tolist() == [[3]]
     drafter.forget()
     assert drafter.propose(context).tokens.tolist() == [[1]]
+
+
+def test_rest_drafts_the_most_frequent_beginnings_behind_the_longest_match():
+    drafter = RestDrafter(longest=3, shortest=2, length=3, size=4)
+    for text in ([1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 8], [2, 3, 9], [2, 3, 9], [1, 2, 3]):
+        drafter.learn(text)
+    draft = drafter.propose(context_of([[7, 1, 2, 3], [7, 2, 3], [5, 3]]))
+    # Behind 1 2 3 there is 4 twice, then 5 6 or 8, each once, and no fourth token.
+    rows = [
+        list(zip(tokens[1:count], parents[1:count], strict=True))
+        for tokens, parents, count in zip(
+            draft.tokens.tolist(), draft.parents.tolist(), draft.num_nodes.tolist(), strict=True
+        )
+    ]
+    assert rows[0][0] == (4, 0)
+    assert {token for token, _ in rows[0]} == {4, 5, 6, 8}
+    assert sorted(rows[1])[-1] == (9, 0)
+    assert rows[2] == []  # 5 3 is nowhere, and one token is no match
+    assert drafter.propose(context_of([[7, 1, 2, 3]], room=1)).tokens.tolist() == [[3, 4]]
+    drafter.end(0, [5, 3, 2])
+    assert drafter.propose(context_of([[5, 3]])).tokens.tolist() == [[3, 2]]
+    drafter.forget()
+    assert drafter.propose(context_of([[5, 3]])).tokens.tolist() == [[3]]
+    with pytest.raises(ValueError, match="matches of 3 to 2"):
+        RestDrafter(longest=2, shortest=3)
 
 
 def test_suffixes_are_learnt_from_outputs_and_forgotten():
