@@ -1,6 +1,5 @@
 """`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
 
-import hashlib
 import json
 import shlex
 import sys
@@ -33,7 +32,12 @@ from decode.acceptance import SpeculativeSampling
 from decode.drafters import Drafting, ModelFree, NoDrafter, load_drafter
 from distill.batches import TrainingData
 from distill.config import command
-from distill.drafter_folder import check_target, find_drafter, read_description
+from distill.drafter_folder import (
+    check_target,
+    find_drafter,
+    read_description,
+    weights_hash,
+)
 from distill.errors import UserError
 from distill.measure import Learner, Mode, begin_anew, measure
 from distill.past import past_hash, past_outputs
@@ -284,7 +288,13 @@ class Evaluate:
 
         def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
             requests = [
-                Request(id=p.id, prompt=p.ids, sampling=self.sampling, seed=self.seed)
+                Request(
+                    id=p.id,
+                    prompt=p.ids,
+                    sampling=self.sampling,
+                    seed=self.seed,
+                    material=p.material,
+                )
                 for p in prompts
             ]
             started = time.perf_counter()
@@ -482,16 +492,6 @@ def command_line() -> str:
     if words and Path(words[0]).name == "draftsmith":
         return shlex.join(["draftsmith", *words[1:]])
     return shlex.join([Path(interpreter).name, *words])
-
-
-def weights_hash(folder: Path) -> str | None:
-    """Hash of a drafter's weights, so that others in the same folder are noticed; None on a hub."""
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if files else None
 
 
 main = command("evaluate", Evaluate)

@@ -64,6 +64,11 @@ class HybridDrafter(Drafter):
         self._steps_without = 0
         self._of_trained: tuple[Context, Draft] | None = None
 
+    def consult(self, slot: int, material: Sequence[int]) -> None:
+        """Let both know the text beside the prompt."""
+        self.suffix.consult(slot, material)
+        self.trained.consult(slot, material)
+
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`."""
         self.suffix.begin(slot, prompt, hidden)

@@ -228,6 +228,37 @@ def test_token_recycling_drafts_what_was_likely_behind_each_token():
     assert drafter.propose(context).tokens.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("name", ["prompt lookup", "suffix", "hybrid", "merged"])
+def test_outputs_are_copied_from_a_text_beside_the_prompt(tiny, perturbed, greedy, name):
+    model = tiny("llama", vocab_size=97)
+    target = Target(model, max_batch_size=2)
+    settings = {
+        "prompt lookup": PromptLookup(shortest=2),
+        "suffix": SuffixDrafts(sources="own"),
+        "hybrid": HybridChains(threshold=0.9, suffix=SuffixDrafts(sources="own")),
+        "merged": MergedTrees(suffix=SuffixDrafts(sources="own")),
+    }[name]
+    is_alone = isinstance(settings, PromptLookup | SuffixDrafts)
+    drafter = settings.build(*([target] if is_alone else [perturbed(model, 9.0), target]))
+    texts = [[3, 1, 4], [2, 7, 1, 8]]
+    written = [greedy(model, text, 24) for text in texts]
+    params = SamplingParams(max_new_tokens=24)
+
+    def steps(*materials: list[int]) -> list[int]:
+        results = SpeculativeDecoder(target, drafter).generate(
+            Request(id=str(index), prompt=text, sampling=params, material=material)
+            for index, (text, material) in enumerate(zip(texts, materials, strict=True))
+        )
+        assert [result.tokens for result in results] == written
+        return [result.stats.num_steps for result in results]
+
+    without, one, both = steps([], []), steps([5, *written[0]], []), steps(*written)
+    assert one[0] < without[0] - 5
+    assert one[1] == without[1]
+    assert both[1] < without[1] - 5
+    assert steps([], []) == without  # nobody else's material is left
+
+
 def test_rest_drafts_the_most_frequent_beginnings_behind_the_longest_match():
     drafter = RestDrafter(longest=3, shortest=2, length=3, size=4)
     for text in ([1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 8], [2, 3, 9], [2, 3, 9], [1, 2, 3]):
