@@ -62,6 +62,8 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("model_free", "suffix", "decode.drafters.SuffixDrafts"),
     ("model_free", "token_recycling", "decode.drafters.TokenRecycling"),
     ("model_free", "prompt_lookup", "decode.drafters.PromptLookup"),
+    ("model_free", "input_guided", "decode.drafters.InputGuided"),
+    ("model_free", "ngram", "decode.drafters.NGram"),
     ("model_free", "rest", "decode.drafters.Rest"),
     ("drafter", "lm_from_target", "decode.models.TargetLayersLM"),
     ("drafter", "lm_from_checkpoint", "decode.models.CheckpointLM"),

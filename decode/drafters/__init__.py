@@ -13,12 +13,22 @@ from decode.drafters.drafting import (
     PlannedTrees,
 )
 from decode.drafters.hybrid import HybridDrafter
+from decode.drafters.input_guided import InputGuidedDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
 from decode.drafters.merged import MergedDrafter
-from decode.drafters.model_free import ModelFree, PromptLookup, Rest, SuffixDrafts, TokenRecycling
+from decode.drafters.model_free import (
+    InputGuided,
+    ModelFree,
+    NGram,
+    PromptLookup,
+    Rest,
+    SuffixDrafts,
+    TokenRecycling,
+)
+from decode.drafters.ngram import NGramDrafter
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 from decode.drafters.prompt_lookup import PromptLookupDrafter
@@ -38,6 +48,8 @@ __all__ = [
     "HybridChains",
     "HybridDrafter",
     "IndependentChildren",
+    "InputGuided",
+    "InputGuidedDrafter",
     "LMDrafter",
     "LMTreeDrafter",
     "LikeliestChildren",
@@ -45,6 +57,8 @@ __all__ = [
     "MergedDrafter",
     "MergedTrees",
     "ModelFree",
+    "NGram",
+    "NGramDrafter",
     "NoDrafter",
     "PlannedTrees",
     "PromptLookup",

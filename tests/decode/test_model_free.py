@@ -22,7 +22,11 @@ from decode.drafters import (
     DynamicTrees,
     HybridChains,
     HybridDrafter,
+    InputGuided,
+    InputGuidedDrafter,
     MergedTrees,
+    NGram,
+    NGramDrafter,
     PromptLookup,
     PromptLookupDrafter,
     Rest,
@@ -42,6 +46,8 @@ SETTINGS = {
     "own": SuffixDrafts(sources="own", min_prob=0.0),
     "past": SuffixDrafts(sources="past", min_prob=0.0),
     "prompt lookup": PromptLookup(longest=2, length=4),
+    "input guided": InputGuided(length=6),
+    "ngram": NGram(length=3),
     "rest": Rest(longest=4, shortest=1, length=4, size=8),
     "token recycling": TokenRecycling(size=6, depth=3, width=3),
 }
@@ -70,12 +76,16 @@ def test_greedy_output_is_the_targets_own(tiny, greedy, name, batch):
     decoder = SpeculativeDecoder(target, SETTINGS[name].build(target))
     params = SamplingParams(max_new_tokens=40)
     texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5], [9], [3, 1]]
+    written = [greedy(model, text, 40) for text in texts]
+    corrected = [[*tokens[:7], 10 - tokens[7], *tokens[9:]] for tokens in written]
     requests = [
-        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+        Request(id=str(index), prompt=text, sampling=params, material=material)
+        for index, (text, material) in enumerate(
+            zip(texts, [*corrected[:3], [], [], []], strict=True)
+        )
     ]
     results = decoder.generate(requests)
-    for text, result in zip(texts, results, strict=True):
-        assert result.tokens == greedy(model, text, 40)
+    assert [result.tokens for result in results] == written
     total = sum((result.stats for result in results), GenerationStats())
     assert total.num_accepted_tokens > 0
 
@@ -156,7 +166,17 @@ def law_of(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float
 
 
 @pytest.mark.parametrize(
-    "name", ["suffix", "suffix tree", "prompt lookup", "rest", "token recycling", "hybrid"]
+    "name",
+    [
+        "suffix",
+        "suffix tree",
+        "prompt lookup",
+        "input guided",
+        "ngram",
+        "rest",
+        "token recycling",
+        "hybrid",
+    ],
 )
 def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
     model = tiny("llama", **TINY)
@@ -228,17 +248,18 @@ def test_token_recycling_drafts_what_was_likely_behind_each_token():
     assert drafter.propose(context).tokens.tolist() == [[1]]
 
 
-@pytest.mark.parametrize("name", ["prompt lookup", "suffix", "hybrid", "merged"])
+@pytest.mark.parametrize("name", ["prompt lookup", "input guided", "suffix", "hybrid", "merged"])
 def test_outputs_are_copied_from_a_text_beside_the_prompt(tiny, perturbed, greedy, name):
     model = tiny("llama", vocab_size=97)
     target = Target(model, max_batch_size=2)
     settings = {
         "prompt lookup": PromptLookup(shortest=2),
+        "input guided": InputGuided(),
         "suffix": SuffixDrafts(sources="own"),
         "hybrid": HybridChains(threshold=0.9, suffix=SuffixDrafts(sources="own")),
         "merged": MergedTrees(suffix=SuffixDrafts(sources="own")),
     }[name]
-    is_alone = isinstance(settings, PromptLookup | SuffixDrafts)
+    is_alone = isinstance(settings, PromptLookup | InputGuided | SuffixDrafts)
     drafter = settings.build(*([target] if is_alone else [perturbed(model, 9.0), target]))
     texts = [[3, 1, 4], [2, 7, 1, 8]]
     written = [greedy(model, text, 24) for text in texts]
@@ -257,6 +278,47 @@ def test_outputs_are_copied_from_a_text_beside_the_prompt(tiny, perturbed, greed
     assert one[1] == without[1]
     assert both[1] < without[1] - 5
     assert steps([], []) == without  # nobody else's material is left
+
+
+def drafted(drafter, text: list[int], room: int = 20) -> list[int]:
+    return drafter.propose(context_of([text], room)).tokens[0, 1:].tolist()
+
+
+def test_the_rest_of_the_input_is_drafted_where_the_output_has_one_place_in_it():
+    drafter = InputGuidedDrafter(length=4)
+    drafter.consult(0, [1, 2, 3, 4, 5, 2, 3, 6, 7])
+    drafter.begin(0, torch.tensor([8, 9]), {})
+    output = [8, 9]
+    assert drafted(drafter, output) == [1, 2, 3, 4]
+    assert drafted(drafter, output, room=2) == [1, 2]
+    assert drafted(drafter, output := [*output, 1, 2, 3]) == [4, 5, 2, 3]  # 2 3 occurs twice
+    assert drafted(drafter, output := [*output, 0]) == []  # written instead of 4
+    assert drafted(drafter, output := [*output, 2, 3]) == []  # at two places of the input
+    assert drafted(drafter, output := [*output, 6]) == [7]
+    assert drafted(drafter, [*output, 4]) == [5, 2, 3, 6]
+    drafter.end(0, [])
+    drafter.begin(0, torch.tensor([8, 1, 2, 3, 1, 2, 4]), {})  # no material: the prompt
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4]) == []
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4, 1, 2]) == []
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4, 1, 2, 3]) == [1, 2, 4]
+    with pytest.raises(ValueError, match="-1 tokens"):
+        InputGuidedDrafter(length=-1)
+
+
+def test_the_commonest_next_token_is_drafted_behind_as_many_as_were_seen():
+    drafter = NGramDrafter(order=3, length=4)
+    drafter.learn([1, 2, 3, 4])
+    drafter.learn([5, 2, 7, 4, 2, 7])
+    assert drafted(drafter, [1, 2]) == [3, 4, 2, 7]
+    assert drafted(drafter, [6, 2], room=2) == [7, 4]  # 6 2 was never seen, 2 7 more than 2 3
+    assert drafted(drafter, [6]) == []
+    bigrams = NGramDrafter(order=2)
+    bigrams.end(0, [1, 2, 3, 2, 4, 2, 4])
+    assert drafted(bigrams, [9, 1]) == [2, 4, 2, 4]
+    bigrams.forget()
+    assert drafted(bigrams, [9, 1]) == []
+    with pytest.raises(ValueError, match="an order of 1"):
+        NGramDrafter(order=1)
 
 
 def test_rest_drafts_the_most_frequent_beginnings_behind_the_longest_match():
