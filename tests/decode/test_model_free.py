@@ -37,7 +37,9 @@ from decode.drafters import (
     TokenRecyclingDrafter,
 )
 from decode.planner import TreePlan
+from decode.protocols import Drafter
 from decode.sampling import generator_for
+from decode.suffix import SuffixDraft
 
 COSTS = StepCosts(draft=0.1, verify=tuple(1 + 0.1 * k for k in range(17)))
 SETTINGS = {
@@ -416,6 +418,70 @@ def test_the_hybrid_learns_whom_to_trust(tiny, perturbed, score, noise, c, turns
     assert low <= len(turns) / result.stats.num_steps <= high
     if high < 0.5:
         assert result.stats.num_drafts < result.stats.num_steps / 2
+
+
+class Told(SuffixDrafter):
+    """Drafts zeros, as many as it is told, with the score that it is told."""
+
+    told = (0, 0.0)
+
+    def propose(self, context: Context) -> Draft:
+        size, score = self.told
+        self.drafts = [SuffixDraft([0] * size, list(range(-1, size - 1)), [], score)]
+        return Draft.from_lists(context.roots[:, 0].tolist(), [[0] * size])
+
+
+class Ones(Drafter):
+    """Drafts three ones."""
+
+    hidden_layers = ()
+
+    def propose(self, context: Context) -> Draft:
+        return Draft.from_lists(context.roots[:, 0].tolist(), [[1, 1, 1]])
+
+
+def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
+    """What it drafts behind so many tokens, of which `accepted` are accepted."""
+    context = context_of([[9] * length])
+    draft = drafter.propose(context)
+    count = torch.tensor([min(accepted, draft.tokens.shape[1] - 1)])
+    path = torch.arange(draft.tokens.shape[1])[None]
+    outcome = Acceptance(path, count, torch.tensor([9]), count)
+    drafter.observe(context, draft, outcome, torch.zeros(*draft.tokens.shape, 2))
+    return draft.tokens[0, 1:].tolist()
+
+
+def test_the_hybrid_judges_scores_by_drafts_of_like_scores():
+    suffix = Told()
+    costs = StepCosts(draft=0.5, verify=COSTS.verify)
+    drafter = HybridDrafter(suffix, Ones(), costs=costs, length=3)
+    drafter.begin(0, torch.tensor([9, 9]), {})
+    drafts = []
+    for _ in range(300):
+        suffix.told = (3, 2.0)  # and keeps it
+        assert played(drafter, 2, accepted=3) == [0, 0, 0]
+        suffix.told = (1, 0.55)  # and never does
+        drafts.append(played(drafter, 2, accepted=0))
+    # Until it is known, and then as often as 1 % of the time allows, a tenth of a step each.
+    assert drafts[:10] == [[0]] * 10
+    assert 5 < drafts[100:].count([0]) < 25
+    assert drafts.count([1, 1, 1]) == 1  # this may lose 1.8 steps
+    drafter.forget()
+    assert played(drafter, 2, accepted=0) == [0]
+
+
+def test_the_trained_drafter_reads_a_text_when_that_has_paid():
+    costs = StepCosts(draft=0.1, verify=COSTS.verify, read=0.05)
+    drafter = HybridDrafter(Told(), Ones(), costs=costs, length=3)
+    drafter.begin(0, torch.tensor([9] * 105), {})
+    # One token accepted of a draft saves 2 - 1.6 steps, and to read 100 tokens takes 5.
+    drafts = [played(drafter, 105, accepted=1) for _ in range(12)]
+    assert drafts == [[]] * 12
+    drafts = [played(drafter, 105 + 2 * step, accepted=1) for step in range(10)]
+    assert drafts == [[1, 1, 1]] * 10
+    drafter.end(0, [])
+    drafter.begin(0, torch.tensor([9] * 105), {})
+    assert played(drafter, 105, accepted=1) == []
 
 
 def test_suffix_trees_beside_sampled_drafts_are_refused(tiny, perturbed):
