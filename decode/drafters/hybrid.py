@@ -88,6 +88,7 @@ class HybridDrafter(Drafter):
             ValueError: suffix trees beside drafts that were drawn at random.
         """
         found = self.suffix.propose(context)
+        self._of_trained = None
         rows_of = zip(
             context.slots.tolist(), context.lengths.tolist(), self.suffix.drafts, strict=True
         )
@@ -106,7 +107,6 @@ class HybridDrafter(Drafter):
                 num_nodes=num_nodes,
             )
         rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
-        self._of_trained = None
         if not rows:
             return found
         part = _rows_of(context, rows)
@@ -129,7 +129,7 @@ class HybridDrafter(Drafter):
             if choice is Choice.SUFFIX:
                 _count(self._scores[_bin(found.score)], count)
             elif choice is Choice.TRAINED:
-                _count(self._trained, count)
+                _count(self._of_model, count)
         if self._of_trained is not None:
             part, own = self._of_trained
             rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
@@ -162,7 +162,7 @@ class HybridDrafter(Drafter):
     def _learn_anew(self) -> None:
         # By score: how many such drafts were verified, how many of their tokens accepted.
         self._scores: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._trained = [1.0, 1.0]  # the same of the trained drafter
+        self._of_model = [1.0, 1.0]  # the same of the trained drafter
         self._for_tries = {Choice.SUFFIX: 0.0, Choice.TRAINED: 0.0}  # seconds
 
     def _choose(self, slot: int, length: int, found: SuffixDraft) -> Choice:
@@ -180,7 +180,7 @@ class HybridDrafter(Drafter):
             drafts, accepted = self._scores[_bin(found.score)]
             suffix = (1 + (accepted + PRIOR * found.score) / (drafts + PRIOR)) / longer
         seconds = costs.seconds(self.length)
-        drafts, accepted = self._trained
+        drafts, accepted = self._of_model
         saved = (1 + accepted / drafts) / max(alone, suffix) - seconds
         missed = max(0, length - self._read[slot] - self.length - 1)
         if saved > 0:
