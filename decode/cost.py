@@ -28,11 +28,13 @@ class StepCosts:
         draft: of one drafter forward on one token.
         verify: of a target forward; verify[k] is on k drafted tokens and the root.
         other: between the forwards: once per step.
+        read: of each token more in a drafter forward.
     """
 
     draft: float
     verify: tuple[float, ...]
     other: float = 0.0
+    read: float = 0.0
 
     @property
     def longest(self) -> int:
@@ -125,7 +127,7 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
 
     Args:
         target: its forwards on 1 to `longest` + 1 tokens.
-        drafter: its forward on one token.
+        drafter: its forward on one token, and on `longest` + 1.
         longest: γ, at most.
     """
     length = min(target.max_length, drafter.max_length) - longest - 1
@@ -135,16 +137,19 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
         model.cache.truncate([0], [0])
         model.cache.commit([0], [start])
     try:
-        timed: list[list[float]] = [[] for _ in range(longest + 2)]
+        timed: list[list[float]] = [[] for _ in range(longest + 3)]
         for _ in range(REPEATS):
-            timed[-1].append(_seconds(drafter, 1))
+            timed[-1].append(_seconds(drafter, longest + 1))
+            timed[-2].append(_seconds(drafter, 1))
             for k in range(longest + 1):
                 timed[k].append(_seconds(target, k + 1))
     finally:
         for model in (target, drafter):
             model.cache.release(0)
     medians = [statistics.median(seconds) for seconds in timed]
-    return StepCosts(medians[-1], tuple(medians[:-1]))
+    draft, wide = medians[-2:]
+    read = max(0.0, wide - draft) / max(1, longest)
+    return StepCosts(draft, tuple(medians[:-2]), read=read)
 
 
 def _seconds(model: CachedModel, width: int) -> float:

@@ -33,12 +33,15 @@ class Request:
         prompt: token ids, at least one.
         sampling: how to generate.
         seed: the run's seed.
+        material: token ids of a text that the output is likely to copy from, besides the prompt.
+            Drafters read it, the target does not.
     """
 
     id: str
     prompt: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
+    material: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +421,8 @@ class SpeculativeDecoder:
         batch = _Batch(sequences, self._tokens)
         output, before = self.target.prefill(batch.slots, prompts, self.drafter.hidden_layers)
         for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
+            if len(sequence.request.material):
+                self.drafter.consult(sequence.slot, sequence.request.material)
             self.drafter.begin(sequence.slot, prompt, hidden)
             sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
         context = self._context(batch)

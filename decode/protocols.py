@@ -71,9 +71,13 @@ class Acceptance:
 
 
 class Drafter(Protocol):
-    """Proposes drafts. Drafters without state inherit the empty `begin`, `observe` and `end`."""
+    """Proposes drafts. Drafters without state inherit the empty methods."""
 
     hidden_layers: tuple[int, ...]  # target layers it reads; () for independent drafters
+
+    def consult(self, slot: int, material: Sequence[int]) -> None:
+        """The sequence that enters `slot` next may copy from this text, which is not its prompt."""
+        return
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`; `prompt` [T] on the CPU, `hidden` layer -> [T - 1, D]."""

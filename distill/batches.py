@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ class Example:
         """Which tokens are learnt; the first never is, since nothing stands before it."""
         mask = [self.learn_prompt] * len(self.prompt_ids) + [True] * len(self.output_ids)
         return [False, *mask[1:]]
+
+
+class TrainingData(Protocol):
+    """What it learns from."""
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Prompts with their outputs, as ids."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

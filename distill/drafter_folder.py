@@ -1,5 +1,6 @@
 """Finding a trained drafter on disk, and checking that it belongs to the target at hand."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,13 @@ def check_target(description: dict[str, Any], folder: str | Path, target: Loaded
             folder,
             "train a drafter with this target's tokenizer",
         )
+
+
+def weights_hash(folder: Path) -> str | None:
+    """Hash of a drafter's weights, so that others in the same folder are noticed; None on a hub."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None

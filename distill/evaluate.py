@@ -1,6 +1,5 @@
 """`draftsmith evaluate`: what drafters gain on prompts, with honest statistics."""
 
-import hashlib
 import json
 import shlex
 import sys
@@ -31,10 +30,17 @@ from decode import (
 )
 from decode.acceptance import SpeculativeSampling
 from decode.drafters import Drafting, ModelFree, NoDrafter, load_drafter
+from distill.batches import TrainingData
 from distill.config import command
-from distill.drafter_folder import check_target, find_drafter, read_description
+from distill.drafter_folder import (
+    check_target,
+    find_drafter,
+    read_description,
+    weights_hash,
+)
 from distill.errors import UserError
-from distill.measure import Learner, Mode, measure
+from distill.measure import Learner, Mode, begin_anew, measure
+from distill.past import past_hash, past_outputs
 from distill.progress import Progress
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.report.bootstrap import FEW
@@ -69,7 +75,9 @@ class Evaluate:
         target: whose output is to be had faster.
         drafters: name -> checkpoint folder; the first is the one others are paired with.
         model_free: name -> how to draft without a model; these come behind the drafters. What
-            learns from outputs begins with none and learns in the order of the prompts.
+            learns from outputs learns in the order of the prompts.
+        past: what drafters that learn from outputs have seen before; without it nothing. Outputs of
+            the prompts that are evaluated are left out.
         prompts: what is continued.
         sampling: how.
         acceptance: the rule.
@@ -92,6 +100,7 @@ class Evaluate:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafters: dict[str, str] = field(default_factory=dict)
     model_free: dict[str, ModelFree] = field(default_factory=dict)
+    past: TrainingData | None = None
     prompts: PromptSettings = field(
         default_factory=lambda: StandardLibraryPrompts(split="evaluate", limit=32)
     )
@@ -143,9 +152,10 @@ class Evaluate:
             name: drafter for name, drafter in loaded.items() if isinstance(drafter, Learner)
         }
         journal = self.output / "measurements.jsonl"
-        measurements = measure(modes, units, self.repeats, journal, learners)
+        past = past_outputs(self.past, target.tokenizer, prompts) if self.past else []
+        measurements = measure(modes, units, self.repeats, journal, learners, past)
         ties = self._compare(target, measurements, prompts)
-        traces = self._trace(target, wrapped, loaded, units) if self.trace else {}
+        traces = self._trace(target, wrapped, loaded, units, past) if self.trace else {}
         drafters = figures(
             measurements,
             self.names,
@@ -185,6 +195,8 @@ class Evaluate:
         del settings["output"]
         settings["descriptions"] = {name: read_description(path) for name, path in folders.items()}
         settings["weights"] = {name: weights_hash(Path(path)) for name, path in folders.items()}
+        if self.past is not None:
+            settings["past_hash"] = past_hash(self.past)
         return settings
 
     def _load_prompts(self, target: LoadedTarget) -> list[Prompt]:
@@ -276,7 +288,13 @@ class Evaluate:
 
         def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
             requests = [
-                Request(id=p.id, prompt=p.ids, sampling=self.sampling, seed=self.seed)
+                Request(
+                    id=p.id,
+                    prompt=p.ids,
+                    sampling=self.sampling,
+                    seed=self.seed,
+                    material=p.material,
+                )
                 for p in prompts
             ]
             started = time.perf_counter()
@@ -291,6 +309,7 @@ class Evaluate:
         wrapped: Target,
         drafters: Mapping[str, Drafter],
         units: Sequence[Sequence[Prompt]],
+        past: Sequence[Sequence[int]],
     ) -> dict[str, list[StepRecord]]:
         """Every step of every drafter; trace.jsonl appears when it is whole."""
         records: dict[str, list[StepRecord]] = {name: [] for name in drafters}
@@ -298,7 +317,7 @@ class Evaluate:
         with Progress(len(drafters) * len(units), unit="runs", label="trace") as progress:
             for name, drafter in drafters.items():
                 if isinstance(drafter, Learner):
-                    drafter.forget()
+                    begin_anew(drafter, past)
                 run = self._ours(target, wrapped, drafter, on_step=records[name].append)
                 for unit in units:
                     run(unit)
@@ -397,6 +416,7 @@ class Evaluate:
                 ]
             ),
             "prompts": f"{len(prompts)}, {self.prompts}",
+            "seen before": str(self.past or "nothing"),
             "sampling": self.sampling,
             "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
             "drafts": self.draft or f"chains of {self.draft_length}",
@@ -472,16 +492,6 @@ def command_line() -> str:
     if words and Path(words[0]).name == "draftsmith":
         return shlex.join(["draftsmith", *words[1:]])
     return shlex.join([Path(interpreter).name, *words])
-
-
-def weights_hash(folder: Path) -> str | None:
-    """Hash of a drafter's weights, so that others in the same folder are noticed; None on a hub."""
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if files else None
 
 
 main = command("evaluate", Evaluate)

@@ -36,6 +36,7 @@ def measure(
     repeats: int,
     journal: Path,
     learners: Mapping[str, Learner],
+    past: Sequence[Sequence[int]] = (),
 ) -> list[Measurement]:
     """Every mode on every unit; each line of the journal is on disk as it comes.
 
@@ -45,6 +46,7 @@ def measure(
         repeats: timings of each unit.
         journal: what is in it is not measured again.
         learners: modes whose drafter learns: it has seen the units before, of the same repeat.
+        past: outputs that they have seen before the first unit.
     """
     done = read_journal(journal)
     measured = {(m.unit, m.mode, m.repeat): m for m in done}
@@ -56,7 +58,7 @@ def measure(
         progress.skip(len(measured))
         for repeat in range(repeats):
             for drafter in learners.values():
-                drafter.forget()
+                begin_anew(drafter, past)
             for index, unit in enumerate(units):
                 # No mode always comes first, or behind the same other.
                 names = list(modes)
@@ -73,6 +75,14 @@ def measure(
                     progress.advance(1)
         os.fsync(file.fileno())
     return done
+
+
+def begin_anew(learner: Learner, past: Sequence[Sequence[int]]) -> None:
+    """Let a drafter know these outputs and nothing else."""
+    learner.forget()
+    if learn := getattr(learner, "learn", None):
+        for output in past:
+            learn(output)
 
 
 def _teach(learner: Learner, known: Measurement, mode: Mode, unit: Sequence[Prompt]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decode import SamplingParams
-from distill.batches import SeqKD
+from distill.batches import SeqKD, TrainingData
 from distill.config import command
 from distill.drafter_folder import DESCRIPTION
 from distill.errors import UserError
@@ -22,7 +22,7 @@ from distill.run_folder import content_hash, write_json
 from distill.store import RowStore
 from distill.target import TargetSettings
 from distill.tracking import NoTracker, Tracker
-from distill.train import DrafterSettings, Train, TrainingData
+from distill.train import DrafterSettings, Train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import json
 import random
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ class Prompt:
         text: what they were made from.
         reference: the text that follows in the data, where there is one.
         source: where it comes from, for people.
+        material: token ids of a text that outputs are likely to copy from, for drafters only.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Prompt:
     text: str
     reference: str | None
     source: str
+    material: Sequence[int] = ()
 
 
 class PromptSettings(Protocol):
@@ -137,6 +139,7 @@ class DatasetPrompts:
         prompt_column: holds the text; "text" for .txt files, of which every line is a prompt.
         messages_column: holds chats instead, [{"role": ..., "content": ...}, ...].
         reference_column: holds the text that follows, for data=text.
+        material_column: holds a text that outputs are likely to copy from, for drafters only.
         chat_template: whether a plain prompt is rendered as a user's message.
         limit: how many, a random choice; a smaller limit is a part of a larger one.
         max_prompt_tokens: longer prompts are left out, and counted in a warning.
@@ -149,6 +152,7 @@ class DatasetPrompts:
     prompt_column: str = "prompt"
     messages_column: str | None = None
     reference_column: str | None = None
+    material_column: str | None = None
     chat_template: ChatTemplate = ChatTemplate.auto
     limit: int | None = None
     max_prompt_tokens: int | None = None
@@ -212,7 +216,7 @@ class DatasetPrompts:
                 "give prompts.path a local file, or a hub id that can be reached",
             ) from error
         wanted = [self.messages_column or self.prompt_column]
-        wanted += [self.reference_column] if self.reference_column else []
+        wanted += [column for column in (self.reference_column, self.material_column) if column]
         for column in wanted:
             if column not in rows.column_names:
                 raise UserError(
@@ -253,7 +257,12 @@ class DatasetPrompts:
         else:
             ids = tokenizer(text, verbose=False)["input_ids"]
         reference = row[self.reference_column] if self.reference_column else None
-        return Prompt(prompt_id(ids), list(ids), text, reference, source)
+        material = []
+        if self.material_column and row[self.material_column]:
+            material = tokenizer(
+                row[self.material_column], add_special_tokens=False, verbose=False
+            )["input_ids"]
+        return Prompt(prompt_id(ids), list(ids), text, reference, source, material)
 
 
 def _check_limit(limit: int | None) -> None:

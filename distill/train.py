@@ -29,7 +29,7 @@ from decode import (
 from decode.drafters import LMDrafter
 from decode.models import CheckpointLM
 from distill.alignment.lm import LiveTarget, LMAlignment
-from distill.batches import BatchStream, Example
+from distill.batches import BatchStream, Example, TrainingData
 from distill.checkpoint import fsync
 from distill.config import command
 from distill.errors import UserError
@@ -50,14 +50,6 @@ class DrafterSettings(Protocol):
 
     def build(self, target: PreTrainedModel) -> PreTrainedModel:
         """The model; ValueError where it cannot be made for this target."""
-        ...
-
-
-class TrainingData(Protocol):
-    """What it learns from."""
-
-    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """Prompts with their outputs, as ids."""
         ...
 
 

@@ -42,8 +42,10 @@ from decode.drafters import (
     DynamicTrees,
     HybridChains,
     MergedTrees,
+    NGram,
     NoDrafter,
     PromptLookup,
+    Rest,
     SuffixDrafts,
 )
 from distill.progress import Progress
@@ -197,7 +199,11 @@ def ways(drafter: PreTrainedModel | None, target: Target) -> dict[str, Drafter]:
     """What is compared."""
     found: dict[str, Drafter] = {
         "no drafter": NoDrafter(),
+        "bigrams": NGram(order=2).build(target),
+        "trigrams": NGram().build(target),
         "prompt lookup": PromptLookup().build(target),
+        "REST, 64 nodes": Rest().build(target),
+        "REST, 16 nodes": Rest(size=16).build(target),
         "suffix, own": SuffixDrafts(sources="own").build(target),
         "suffix, past": SuffixDrafts(sources="past").build(target),
         "suffix": SuffixDrafts().build(target),

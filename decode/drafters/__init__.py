@@ -13,15 +13,26 @@ from decode.drafters.drafting import (
     PlannedTrees,
 )
 from decode.drafters.hybrid import HybridDrafter
+from decode.drafters.input_guided import InputGuidedDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
 from decode.drafters.lm_tree import LMTreeDrafter
 from decode.drafters.loading import load_drafter
 from decode.drafters.merged import MergedDrafter
-from decode.drafters.model_free import ModelFree, PromptLookup, SuffixDrafts, TokenRecycling
+from decode.drafters.model_free import (
+    InputGuided,
+    ModelFree,
+    NGram,
+    PromptLookup,
+    Rest,
+    SuffixDrafts,
+    TokenRecycling,
+)
+from decode.drafters.ngram import NGramDrafter
 from decode.drafters.none import NoDrafter
 from decode.drafters.planned_trees import DistinctChildren, IndependentChildren, LikeliestChildren
 from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.rest import RestDrafter
 from decode.drafters.suffix import SuffixDrafter
 from decode.drafters.token_recycling import TokenRecyclingDrafter
 
@@ -37,6 +48,8 @@ __all__ = [
     "HybridChains",
     "HybridDrafter",
     "IndependentChildren",
+    "InputGuided",
+    "InputGuidedDrafter",
     "LMDrafter",
     "LMTreeDrafter",
     "LikeliestChildren",
@@ -44,10 +57,14 @@ __all__ = [
     "MergedDrafter",
     "MergedTrees",
     "ModelFree",
+    "NGram",
+    "NGramDrafter",
     "NoDrafter",
     "PlannedTrees",
     "PromptLookup",
     "PromptLookupDrafter",
+    "Rest",
+    "RestDrafter",
     "SuffixDrafter",
     "SuffixDrafts",
     "TokenRecycling",

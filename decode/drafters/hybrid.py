@@ -1,6 +1,8 @@
 """Text that was seen before where it promises more, a trained drafter elsewhere."""
 
 import enum
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,9 +14,11 @@ from decode.draft import Draft
 from decode.drafters.suffix import SuffixDrafter
 from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import SamplingBatch
+from decode.suffix import SuffixDraft
 
-KEPT = 0.95  # of what a running mean knew, at each new observation
-EXPLORED = 32  # of so many steps that would go without a draft one is drafted, to see if it pays
+KEPT = 0.98  # of what a running mean knew, at each new observation
+PRIOR = 4.0  # drafts: the weight of a score's own promise
+TRIED = 0.01  # of the time of steps whose draft is declined; it goes into trying such drafts
 
 
 class Choice(enum.Enum):
@@ -30,10 +34,11 @@ class HybridDrafter(Drafter):
 
     A sequence takes the suffix draft where its score, the accepted tokens it expects, reaches
     `threshold`. Without a threshold it takes what gives most tokens per second, be it no draft at
-    all: scores are corrected by how many tokens such drafts really had accepted, the trained
-    drafter is credited with its running mean, and each pays what its step costs.
+    all: a score is corrected by how many tokens drafts of like scores really had accepted, the
+    trained drafter is credited with its running mean, and each pays what its step costs.
 
-    The trained drafter reads what it has missed when its turn comes.
+    The trained drafter reads what it has missed when its turn comes: as soon as it would have saved
+    the time that this takes.
     """
 
     def __init__(
@@ -57,18 +62,24 @@ class HybridDrafter(Drafter):
         self.suffix, self.trained = suffix, trained
         self.costs, self.length, self.threshold = costs, length, threshold
         self.hidden_layers = trained.hidden_layers
-        # Running sums: score of suffix drafts, what was accepted of them, and of trained ones.
-        self._promised, self._kept = 1.0, 1.0
-        self._drafts, self._accepted = 1.0, 1.0
         self._choices: list[Choice] = []
-        self._steps_without = 0
+        self._read: dict[int, int] = {}  # slot -> tokens that the trained drafter has read
+        self._saved: dict[int, float] = {}  # slot -> seconds that it would have saved since
+        self._learn_anew()
         self._of_trained: tuple[Context, Draft] | None = None
+
+    def consult(self, slot: int, material: Sequence[int]) -> None:
+        """Let both know the text beside the prompt."""
+        self.suffix.consult(slot, material)
+        self.trained.consult(slot, material)
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`."""
         self.suffix.begin(slot, prompt, hidden)
         # It reads what it has missed when its turn comes, which for some texts is never.
         self.trained.begin(slot, prompt if self.hidden_layers else prompt[:1], hidden)
+        self._read[slot] = len(prompt) if self.hidden_layers else 1
+        self._saved[slot] = 0.0
 
     def propose(self, context: Context) -> Draft:
         """For each sequence the draft that promises more.
@@ -77,8 +88,14 @@ class HybridDrafter(Drafter):
             ValueError: suffix trees beside drafts that were drawn at random.
         """
         found = self.suffix.propose(context)
-        self._choices = [self._choose(d.score, len(d.token_ids)) for d in self.suffix.drafts]
+        self._of_trained = None
+        rows_of = zip(
+            context.slots.tolist(), context.lengths.tolist(), self.suffix.drafts, strict=True
+        )
+        self._choices = [self._choose(*row) for row in rows_of]
         nothing = [row for row, choice in enumerate(self._choices) if choice is Choice.NOTHING]
+        if len(nothing) == len(self._choices):
+            return Draft.chain(context.roots)
         if nothing:
             num_nodes = found.num_nodes.clone()
             num_nodes[nothing] = 1
@@ -90,7 +107,6 @@ class HybridDrafter(Drafter):
                 num_nodes=num_nodes,
             )
         rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
-        self._of_trained = None
         if not rows:
             return found
         part = _rows_of(context, rows)
@@ -111,11 +127,9 @@ class HybridDrafter(Drafter):
         counts = acceptance.num_accepted.tolist()
         for found, count, choice in zip(self.suffix.drafts, counts, self._choices, strict=True):
             if choice is Choice.SUFFIX:
-                self._promised = KEPT * self._promised + found.score
-                self._kept = KEPT * self._kept + count
+                _count(self._scores[_bin(found.score)], count)
             elif choice is Choice.TRAINED:
-                self._drafts = KEPT * self._drafts + 1
-                self._accepted = KEPT * self._accepted + count
+                _count(self._of_model, count)
         if self._of_trained is not None:
             part, own = self._of_trained
             rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
@@ -133,6 +147,8 @@ class HybridDrafter(Drafter):
         """The sequence in `slot` is finished."""
         self.suffix.end(slot, output)
         self.trained.end(slot, output)
+        self._read.pop(slot, None)
+        self._saved.pop(slot, None)
 
     def learn(self, output: Sequence[int]) -> None:
         """Keep a finished output for the requests to come."""
@@ -141,25 +157,63 @@ class HybridDrafter(Drafter):
     def forget(self) -> None:
         """Begin with an empty cache; no sequence may be under way."""
         self.suffix.forget()
-        self._promised = self._kept = self._drafts = self._accepted = 1.0
-        self._steps_without = 0
+        self._learn_anew()
 
-    def _choose(self, score: float, size: int) -> Choice:
+    def _learn_anew(self) -> None:
+        # By score: how many such drafts were verified, how many of their tokens accepted.
+        self._scores: defaultdict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._of_model = [1.0, 1.0]  # the same of the trained drafter
+        self._for_tries = {Choice.SUFFIX: 0.0, Choice.TRAINED: 0.0}  # seconds
+
+    def _choose(self, slot: int, length: int, found: SuffixDraft) -> Choice:
+        """Whose draft a sequence of `length` tokens takes.
+
+        To read a text pays over many steps: the trained drafter does it when what it would have
+        saved since its last turn makes up for it.
+        """
+        size, costs = len(found.token_ids), self.costs
         if self.threshold is not None:
-            return Choice.SUFFIX if size and score >= self.threshold else Choice.TRAINED
-        costs = self.costs
-        alone = 1 / costs.seconds(0)
-        trained = (1 + self._accepted / self._drafts) / costs.seconds(self.length)
-        suffix = 0.0
+            return Choice.SUFFIX if size and found.score >= self.threshold else Choice.TRAINED
+        nothing, longer = costs.seconds(0), costs.verify[min(size, costs.longest)] + costs.other
+        alone, suffix = 1 / nothing, 0.0
         if size:
-            spent = costs.verify[min(size, costs.longest)] + costs.other
-            suffix = (1 + score * self._kept / self._promised) / spent
-        if suffix >= max(alone, trained):
+            drafts, accepted = self._scores[_bin(found.score)]
+            suffix = (1 + (accepted + PRIOR * found.score) / (drafts + PRIOR)) / longer
+        seconds = costs.seconds(self.length)
+        drafts, accepted = self._of_model
+        saved = (1 + accepted / drafts) / max(alone, suffix) - seconds
+        missed = max(0, length - self._read[slot] - self.length - 1)
+        if saved > 0:
+            self._saved[slot] += saved
+            if self._saved[slot] >= costs.read * missed:
+                return self._read_by(slot, length)
+        if size and (suffix >= alone or self._may_try(Choice.SUFFIX, longer - nothing)):
             return Choice.SUFFIX
-        if trained >= alone:
-            return Choice.TRAINED
-        self._steps_without += 1
-        return Choice.TRAINED if self._steps_without % EXPLORED == 0 else Choice.NOTHING
+        if self._may_try(Choice.TRAINED, seconds - nothing + costs.read * missed):
+            return self._read_by(slot, length)
+        return Choice.NOTHING
+
+    def _read_by(self, slot: int, length: int) -> Choice:
+        self._read[slot], self._saved[slot] = length, 0.0
+        return Choice.TRAINED
+
+    def _may_try(self, choice: Choice, seconds: float) -> bool:
+        """Whether the share of time for trying what is declined has grown to so many seconds."""
+        self._for_tries[choice] += TRIED * self.costs.seconds(0)
+        if self._for_tries[choice] < seconds:
+            return False
+        self._for_tries[choice] = 0.0
+        return True
+
+
+def _bin(score: float) -> int:
+    """Scores that are alike: 1 + score, the tokens of a step, differs by a fifth at most."""
+    return int(4 * math.log2(1 + score))
+
+
+def _count(running: list[float], accepted: int) -> None:
+    """One draft more in a running number of drafts and of what was accepted of them."""
+    running[:] = KEPT * running[0] + 1, KEPT * running[1] + accepted
 
 
 def _rows_of(context: Context, rows: list[int]) -> Context:

@@ -27,6 +27,11 @@ class MergedDrafter(Drafter):
         # For each drafter and row: the node of the merged tree that each of its own became.
         self._places: list[list[list[int]]] = []
 
+    def consult(self, slot: int, material: Sequence[int]) -> None:
+        """Let each know the text beside the prompt."""
+        for drafter in self.drafters:
+            drafter.consult(slot, material)
+
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """A sequence enters `slot`."""
         for drafter in self.drafters:

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from decode.drafters.input_guided import InputGuidedDrafter
+from decode.drafters.ngram import NGramDrafter
 from decode.drafters.prompt_lookup import PromptLookupDrafter
+from decode.drafters.rest import RestDrafter
 from decode.drafters.suffix import SuffixDrafter
 from decode.drafters.token_recycling import TokenRecyclingDrafter, spreading
 from decode.protocols import Drafter
@@ -73,6 +76,61 @@ class PromptLookup:
     def build(self, target: Target) -> PromptLookupDrafter:
         """Its drafter."""
         return PromptLookupDrafter(longest=self.longest, shortest=self.shortest, length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputGuided:
+    """Input-guided aggressive decoding, for corrections: the rest of the input.
+
+    Attributes:
+        length: tokens per draft; the paper drafts all that is left.
+    """
+
+    length: int = 32
+
+    def build(self, target: Target) -> InputGuidedDrafter:
+        """Its drafter."""
+        return InputGuidedDrafter(length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NGram:
+    """The commonest next token, by counts of earlier outputs.
+
+    Attributes:
+        order: n; 2 is a bigram model.
+        length: tokens per draft.
+    """
+
+    order: int = 3
+    length: int = 4
+
+    def build(self, target: Target) -> NGramDrafter:
+        """Its drafter."""
+        return NGramDrafter(order=self.order, length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """REST: what followed in earlier outputs, the most frequent beginnings as a tree.
+
+    Attributes:
+        longest: tokens of a match, at first.
+        shortest: at last.
+        length: tokens of a continuation.
+        size: tokens per draft.
+    """
+
+    longest: int = 16
+    shortest: int = 2
+    length: int = 10
+    size: int = 64
+
+    def build(self, target: Target) -> RestDrafter:
+        """Its drafter."""
+        return RestDrafter(
+            longest=self.longest, shortest=self.shortest, length=self.length, size=self.size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from decode.draft import Draft
@@ -54,17 +55,25 @@ class SuffixDrafter(Drafter):
         """Begin with an empty cache; no sequence may be under way."""
         self.cache = SuffixDecodingCache(self.depth, max_cached_tokens=self.max_cached_tokens)
         self._sequences: dict[int, _Sequence] = {}
+        self._material: dict[int, Sequence[int]] = {}
         self._started = 0
 
     def learn(self, output: Sequence[int]) -> None:
         """Keep a finished output for the requests to come."""
         self.cache.add_output(output)
 
+    def consult(self, slot: int, material: Sequence[int]) -> None:
+        """Index `material` before the prompt that comes."""
+        self._material[slot] = material
+
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
         """Index the prompt, for this request alone."""
         self._started += 1
         sequence = _Sequence(self._started, len(prompt), len(prompt))
-        self.cache.start_request(sequence.key, prompt.numpy())
+        text = prompt.numpy()
+        if slot in self._material:
+            text = np.concatenate([self._material.pop(slot), text])
+        self.cache.start_request(sequence.key, text)
         self._sequences[slot] = sequence
 
     def propose(self, context: Context) -> Draft:

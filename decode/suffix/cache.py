@@ -3,7 +3,7 @@
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, KeysView, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -13,34 +13,17 @@ import numpy as np
 
 from decode.suffix.arena import Arena
 from decode.suffix.compiled import compiling
+from decode.suffix.continuations import most_frequent
+from decode.suffix.drafts import SuffixDraft, WorkingMemory
 from decode.suffix.freezing import copy_text
 from decode.suffix.frozen import FrozenTree, open_latest, write
 from decode.suffix.growth import close_slot, extend, extend_both, open_slot, remove
 from decode.suffix.layout import FIRST, MAX_DEPTH, NUM_PAGES, PAGE, SLOT_WORDS, SLOTS, TOKENS
-from decode.suffix.lookup import BREADTH, ITEM_WORDS, speculate_both
+from decode.suffix.lookup import speculate_both
 from decode.suffix.text import release_pages
 
 Tokens = np.ndarray | Sequence[int]
 SOURCES = ("both", "own", "past")
-
-
-@dataclass(frozen=True, slots=True)
-class SuffixDraft:
-    """What followed a context before.
-
-    Attributes:
-        token_ids: the drafted tokens.
-        parents: of each the drafted token before it, -1 for the context.
-        probs: the estimated chance of acceptance of each.
-        score: their sum: expected accepted tokens.
-        match_len: tokens of the context that were found.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
-    score: float = 0.0
-    match_len: int = 0
 
 
 @dataclass(slots=True)
@@ -100,7 +83,7 @@ class SuffixDecodingCache:
         # By start, whose strings are not all taken out.
         self._present: OrderedDict[int, _Document] = OrderedDict()
         self._released: list[tuple[int, int]] = []  # (ended, first page), a heap
-        self._room = _WorkingMemory(64)
+        self._room = WorkingMemory(64)
 
     @classmethod
     def open(
@@ -301,8 +284,7 @@ class SuffixDecodingCache:
                 raise ValueError(f"request {req_id!r} is not active; start it first")
             tokens = as_tokens(context)[-self._depth :]
             most = self._depth if max_spec_tokens is None else max_spec_tokens
-            if most > self._room.most:
-                self._room = _WorkingMemory(most)
+            self._reserve(most)
             document = self._cached.get(req_id)
             size, score, length = speculate_both(
                 arena.address,
@@ -319,15 +301,47 @@ class SuffixDecodingCache:
                 sources != "own",
                 *self._room.all,
             )
-            if size == 0:
-                return SuffixDraft()
-            return SuffixDraft(
-                self._room.drafts[0, 0, :size].tolist(),
-                self._room.drafts[0, 1, :size].tolist(),
-                self._room.probs[0, :size].tolist(),
-                score,
-                length,
-            )
+            return self._room.draft(size, score, length)
+
+    def continuations(
+        self,
+        context: Tokens,
+        *,
+        longest: int,
+        shortest: int = 1,
+        length: int,
+        max_tokens: int,
+    ) -> SuffixDraft:
+        """What followed the longest match in past outputs, most frequent first: a tree.
+
+        REST (He et al. 2023), section 3.2: every beginning of every continuation is counted, and
+        the most frequent ones are drafted.
+
+        Args:
+            context: the last tokens of a text, of any request or of none.
+            longest: tokens of it that are matched, at most; with `length` no more than the trees'
+                depth.
+            shortest: at least.
+            length: tokens of a continuation.
+            max_tokens: of the tree.
+        """
+        with self._lock:
+            tokens = as_tokens(context)
+            self._reserve(max_tokens)
+            best = 0, 0.0, 0
+            for address in (self._shared.address, self._frozen.address if self._frozen else 0):
+                if address:
+                    best = most_frequent(
+                        address,
+                        tokens,
+                        longest,
+                        shortest,
+                        length,
+                        max_tokens,
+                        best,
+                        *self._room.all,
+                    )
+            return self._room.draft(*best)
 
     def speculate_batch(
         self, requests: Sequence[tuple[Hashable, Tokens]], **limits: Any
@@ -339,6 +353,11 @@ class SuffixDecodingCache:
         """
         with self._lock:
             return [self.speculate(req_id, context, **limits) for req_id, context in requests]
+
+    def _reserve(self, most: int) -> None:
+        """Room to draft so many tokens."""
+        if most > self._room.most:
+            self._room = WorkingMemory(most)
 
     def _extend(self, arena: Arena, slot: int, tokens: np.ndarray, start: int) -> None:
         while (start := extend(arena.address, slot, tokens, start)) < len(tokens):
@@ -425,28 +444,15 @@ def compile_all() -> None:
             open_slot(arena.address, 0)
         extend_both(own.address, shared.address, 0, tokens)
         extend(own.address, 0, tokens, 2)
-        room = _WorkingMemory(4)
+        room = WorkingMemory(4)
         limits = (4, 1.0, 0.0, np.float32(0.1))
         speculate_both(
             own.address, shared.address, 0, 0, tokens, *limits, True, True, True, *room.all
         )
+        most_frequent(shared.address, tokens, 2, 1, 2, 4, (0, 0.0, 0), *room.all)
         first, count = close_slot(shared.address, 0)
         remove(shared.address, first * PAGE, count)
         release_pages(shared.address, first)
-
-
-class _WorkingMemory:
-    """Where a look-up works, for drafts of up to `most` tokens."""
-
-    def __init__(self, most: int):
-        places = most * (max(most, BREADTH) + 1) + 2  # every token drafted can bring so many more
-        self.most = most
-        self.drafts = np.zeros((2, 2, most), dtype=np.int32)
-        self.probs = np.zeros((2, most), dtype=np.float32)
-        self.items = np.zeros((places, ITEM_WORDS), dtype=np.int64)
-        self.chances = np.zeros(places, dtype=np.float32)
-        arrays = (self.drafts, self.probs, self.items, self.chances)
-        self.all = (most, *(array.ctypes.data for array in arrays))
 
 
 def as_tokens(tokens: Tokens) -> np.ndarray:

@@ -128,9 +128,23 @@ def put(items, item, node, position, left, parent, depth):
 
 @njit
 def draft_tree(
-    header, node, position, left, depth, most, least, tokens, parents, probs, items, chances
+    header,
+    node,
+    position,
+    left,
+    depth,
+    deepest,
+    most,
+    least,
+    tokens,
+    parents,
+    probs,
+    items,
+    chances,
 ):
     """Again and again the child with the greatest D; arguments as of `draft_chain`.
+
+    Nothing is drafted that is more than `deepest` tokens below the root.
 
     `items` and `chances` are working memory. The first word of each row of `items` is the heap's:
     the numbers of the items that wait.
@@ -147,6 +161,8 @@ def draft_tree(
         at = ITEM_WORDS * item
         node, position, left = items[at + 1], items[at + 2], items[at + 3]
         parent, depth = items[at + 4], items[at + 5]
+        if depth >= deepest:
+            continue
         if left > 0:
             tokens[size] = token_at(header, position)
             parents[size] = parent
@@ -296,7 +312,7 @@ def speculate(
                 continue
         if as_tree:
             drafted, score = draft_tree(
-                header, node, position, left, length, allowed, least,
+                header, node, position, left, length, header[DEPTH], allowed, least,
                 tokens, parents, new_probs, waiting, likely,
             )  # fmt: skip
         else:

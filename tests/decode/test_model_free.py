@@ -22,16 +22,24 @@ from decode.drafters import (
     DynamicTrees,
     HybridChains,
     HybridDrafter,
+    InputGuided,
+    InputGuidedDrafter,
     MergedTrees,
+    NGram,
+    NGramDrafter,
     PromptLookup,
     PromptLookupDrafter,
+    Rest,
+    RestDrafter,
     SuffixDrafter,
     SuffixDrafts,
     TokenRecycling,
     TokenRecyclingDrafter,
 )
 from decode.planner import TreePlan
+from decode.protocols import Drafter
 from decode.sampling import generator_for
+from decode.suffix import SuffixDraft
 
 COSTS = StepCosts(draft=0.1, verify=tuple(1 + 0.1 * k for k in range(17)))
 SETTINGS = {
@@ -40,6 +48,9 @@ SETTINGS = {
     "own": SuffixDrafts(sources="own", min_prob=0.0),
     "past": SuffixDrafts(sources="past", min_prob=0.0),
     "prompt lookup": PromptLookup(longest=2, length=4),
+    "input guided": InputGuided(length=6),
+    "ngram": NGram(length=3),
+    "rest": Rest(longest=4, shortest=1, length=4, size=8),
     "token recycling": TokenRecycling(size=6, depth=3, width=3),
 }
 
@@ -67,12 +78,16 @@ def test_greedy_output_is_the_targets_own(tiny, greedy, name, batch):
     decoder = SpeculativeDecoder(target, SETTINGS[name].build(target))
     params = SamplingParams(max_new_tokens=40)
     texts = [[3, 1, 4, 1, 5], [3, 1], [2, 7, 1, 8], [3, 1, 4, 1, 5], [9], [3, 1]]
+    written = [greedy(model, text, 40) for text in texts]
+    corrected = [[*tokens[:7], 10 - tokens[7], *tokens[9:]] for tokens in written]
     requests = [
-        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
+        Request(id=str(index), prompt=text, sampling=params, material=material)
+        for index, (text, material) in enumerate(
+            zip(texts, [*corrected[:3], [], [], []], strict=True)
+        )
     ]
     results = decoder.generate(requests)
-    for text, result in zip(texts, results, strict=True):
-        assert result.tokens == greedy(model, text, 40)
+    assert [result.tokens for result in results] == written
     total = sum((result.stats for result in results), GenerationStats())
     assert total.num_accepted_tokens > 0
 
@@ -153,7 +168,17 @@ def law_of(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float
 
 
 @pytest.mark.parametrize(
-    "name", ["suffix", "suffix tree", "prompt lookup", "token recycling", "hybrid"]
+    "name",
+    [
+        "suffix",
+        "suffix tree",
+        "prompt lookup",
+        "input guided",
+        "ngram",
+        "rest",
+        "token recycling",
+        "hybrid",
+    ],
 )
 def test_sampled_outputs_have_the_targets_law(g_test, tiny, perturbed, name):
     model = tiny("llama", **TINY)
@@ -223,6 +248,104 @@ def test_token_recycling_drafts_what_was_likely_behind_each_token():
     assert drafter.propose(context_of([[3]])).tokens.tolist() == [[3]]
     drafter.forget()
     assert drafter.propose(context).tokens.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("name", ["prompt lookup", "input guided", "suffix", "hybrid", "merged"])
+def test_outputs_are_copied_from_a_text_beside_the_prompt(tiny, perturbed, greedy, name):
+    model = tiny("llama", vocab_size=97)
+    target = Target(model, max_batch_size=2)
+    settings = {
+        "prompt lookup": PromptLookup(shortest=2),
+        "input guided": InputGuided(),
+        "suffix": SuffixDrafts(sources="own"),
+        "hybrid": HybridChains(threshold=0.9, suffix=SuffixDrafts(sources="own")),
+        "merged": MergedTrees(suffix=SuffixDrafts(sources="own")),
+    }[name]
+    is_alone = isinstance(settings, PromptLookup | InputGuided | SuffixDrafts)
+    drafter = settings.build(*([target] if is_alone else [perturbed(model, 9.0), target]))
+    texts = [[3, 1, 4], [2, 7, 1, 8]]
+    written = [greedy(model, text, 24) for text in texts]
+    params = SamplingParams(max_new_tokens=24)
+
+    def steps(*materials: list[int]) -> list[int]:
+        results = SpeculativeDecoder(target, drafter).generate(
+            Request(id=str(index), prompt=text, sampling=params, material=material)
+            for index, (text, material) in enumerate(zip(texts, materials, strict=True))
+        )
+        assert [result.tokens for result in results] == written
+        return [result.stats.num_steps for result in results]
+
+    without, one, both = steps([], []), steps([5, *written[0]], []), steps(*written)
+    assert one[0] < without[0] - 5
+    assert one[1] == without[1]
+    assert both[1] < without[1] - 5
+    assert steps([], []) == without  # nobody else's material is left
+
+
+def drafted(drafter, text: list[int], room: int = 20) -> list[int]:
+    return drafter.propose(context_of([text], room)).tokens[0, 1:].tolist()
+
+
+def test_the_rest_of_the_input_is_drafted_where_the_output_has_one_place_in_it():
+    drafter = InputGuidedDrafter(length=4)
+    drafter.consult(0, [1, 2, 3, 4, 5, 2, 3, 6, 7])
+    drafter.begin(0, torch.tensor([8, 9]), {})
+    output = [8, 9]
+    assert drafted(drafter, output) == [1, 2, 3, 4]
+    assert drafted(drafter, output, room=2) == [1, 2]
+    assert drafted(drafter, output := [*output, 1, 2, 3]) == [4, 5, 2, 3]  # 2 3 occurs twice
+    assert drafted(drafter, output := [*output, 0]) == []  # written instead of 4
+    assert drafted(drafter, output := [*output, 2, 3]) == []  # at two places of the input
+    assert drafted(drafter, output := [*output, 6]) == [7]
+    assert drafted(drafter, [*output, 4]) == [5, 2, 3, 6]
+    drafter.end(0, [])
+    drafter.begin(0, torch.tensor([8, 1, 2, 3, 1, 2, 4]), {})  # no material: the prompt
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4]) == []
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4, 1, 2]) == []
+    assert drafted(drafter, [8, 1, 2, 3, 1, 2, 4, 1, 2, 3]) == [1, 2, 4]
+    with pytest.raises(ValueError, match="-1 tokens"):
+        InputGuidedDrafter(length=-1)
+
+
+def test_the_commonest_next_token_is_drafted_behind_as_many_as_were_seen():
+    drafter = NGramDrafter(order=3, length=4)
+    drafter.learn([1, 2, 3, 4])
+    drafter.learn([5, 2, 7, 4, 2, 7])
+    assert drafted(drafter, [1, 2]) == [3, 4, 2, 7]
+    assert drafted(drafter, [6, 2], room=2) == [7, 4]  # 6 2 was never seen, 2 7 more than 2 3
+    assert drafted(drafter, [6]) == []
+    bigrams = NGramDrafter(order=2)
+    bigrams.end(0, [1, 2, 3, 2, 4, 2, 4])
+    assert drafted(bigrams, [9, 1]) == [2, 4, 2, 4]
+    bigrams.forget()
+    assert drafted(bigrams, [9, 1]) == []
+    with pytest.raises(ValueError, match="an order of 1"):
+        NGramDrafter(order=1)
+
+
+def test_rest_drafts_the_most_frequent_beginnings_behind_the_longest_match():
+    drafter = RestDrafter(longest=3, shortest=2, length=3, size=4)
+    for text in ([1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 8], [2, 3, 9], [2, 3, 9], [1, 2, 3]):
+        drafter.learn(text)
+    draft = drafter.propose(context_of([[7, 1, 2, 3], [7, 2, 3], [5, 3]]))
+    # Behind 1 2 3 there is 4 twice, then 5 6 or 8, each once, and no fourth token.
+    rows = [
+        list(zip(tokens[1:count], parents[1:count], strict=True))
+        for tokens, parents, count in zip(
+            draft.tokens.tolist(), draft.parents.tolist(), draft.num_nodes.tolist(), strict=True
+        )
+    ]
+    assert rows[0][0] == (4, 0)
+    assert {token for token, _ in rows[0]} == {4, 5, 6, 8}
+    assert sorted(rows[1])[-1] == (9, 0)
+    assert rows[2] == []  # 5 3 is nowhere, and one token is no match
+    assert drafter.propose(context_of([[7, 1, 2, 3]], room=1)).tokens.tolist() == [[3, 4]]
+    drafter.end(0, [5, 3, 2])
+    assert drafter.propose(context_of([[5, 3]])).tokens.tolist() == [[3, 2]]
+    drafter.forget()
+    assert drafter.propose(context_of([[5, 3]])).tokens.tolist() == [[3]]
+    with pytest.raises(ValueError, match="matches of 3 to 2"):
+        RestDrafter(longest=2, shortest=3)
 
 
 def test_suffixes_are_learnt_from_outputs_and_forgotten():
@@ -295,6 +418,70 @@ def test_the_hybrid_learns_whom_to_trust(tiny, perturbed, score, noise, c, turns
     assert low <= len(turns) / result.stats.num_steps <= high
     if high < 0.5:
         assert result.stats.num_drafts < result.stats.num_steps / 2
+
+
+class Told(SuffixDrafter):
+    """Drafts zeros, as many as it is told, with the score that it is told."""
+
+    told = (0, 0.0)
+
+    def propose(self, context: Context) -> Draft:
+        size, score = self.told
+        self.drafts = [SuffixDraft([0] * size, list(range(-1, size - 1)), [], score)]
+        return Draft.from_lists(context.roots[:, 0].tolist(), [[0] * size])
+
+
+class Ones(Drafter):
+    """Drafts three ones."""
+
+    hidden_layers = ()
+
+    def propose(self, context: Context) -> Draft:
+        return Draft.from_lists(context.roots[:, 0].tolist(), [[1, 1, 1]])
+
+
+def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
+    """What it drafts behind so many tokens, of which `accepted` are accepted."""
+    context = context_of([[9] * length])
+    draft = drafter.propose(context)
+    count = torch.tensor([min(accepted, draft.tokens.shape[1] - 1)])
+    path = torch.arange(draft.tokens.shape[1])[None]
+    outcome = Acceptance(path, count, torch.tensor([9]), count)
+    drafter.observe(context, draft, outcome, torch.zeros(*draft.tokens.shape, 2))
+    return draft.tokens[0, 1:].tolist()
+
+
+def test_the_hybrid_judges_scores_by_drafts_of_like_scores():
+    suffix = Told()
+    costs = StepCosts(draft=0.5, verify=COSTS.verify)
+    drafter = HybridDrafter(suffix, Ones(), costs=costs, length=3)
+    drafter.begin(0, torch.tensor([9, 9]), {})
+    drafts = []
+    for _ in range(300):
+        suffix.told = (3, 2.0)  # and keeps it
+        assert played(drafter, 2, accepted=3) == [0, 0, 0]
+        suffix.told = (1, 0.55)  # and never does
+        drafts.append(played(drafter, 2, accepted=0))
+    # Until it is known, and then as often as 1 % of the time allows, a tenth of a step each.
+    assert drafts[:10] == [[0]] * 10
+    assert 5 < drafts[100:].count([0]) < 25
+    assert drafts.count([1, 1, 1]) == 1  # this may lose 1.8 steps
+    drafter.forget()
+    assert played(drafter, 2, accepted=0) == [0]
+
+
+def test_the_trained_drafter_reads_a_text_when_that_has_paid():
+    costs = StepCosts(draft=0.1, verify=COSTS.verify, read=0.05)
+    drafter = HybridDrafter(Told(), Ones(), costs=costs, length=3)
+    drafter.begin(0, torch.tensor([9] * 105), {})
+    # One token accepted of a draft saves 2 - 1.6 steps, and to read 100 tokens takes 5.
+    drafts = [played(drafter, 105, accepted=1) for _ in range(12)]
+    assert drafts == [[]] * 12
+    drafts = [played(drafter, 105 + 2 * step, accepted=1) for step in range(10)]
+    assert drafts == [[1, 1, 1]] * 10
+    drafter.end(0, [])
+    drafter.begin(0, torch.tensor([9] * 105), {})
+    assert played(drafter, 105, accepted=1) == []
 
 
 def test_suffix_trees_beside_sampled_drafts_are_refused(tiny, perturbed):

@@ -557,3 +557,36 @@ def test_compiled_code_is_kept_where_it_may_be(
     alone = Path(cache_folder.__wrapped__())
     assert alone.is_dir()
     assert cache_folder.__wrapped__() != str(alone)  # nobody else's
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_continuations_are_the_most_frequent_by_counting(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    texts = [[rng.randrange(3) for _ in range(rng.randrange(30))] for _ in range(8)]
+    cache = SuffixDecodingCache(max_tree_depth=9)
+    for text in texts:
+        cache.add_output(text)
+    cache.save(tmp_path / "index")
+    counts = ByCounting(9).count(texts)
+    found = 0
+    for _ in range(60):
+        context = [rng.randrange(3) for _ in range(8)]
+        match = next(
+            tuple(context[-size:])
+            for size in (5, 4, 3, 2, 1)
+            if any(counts[(*context[-size:], token)] for token in range(3))
+        )
+        below = [s for s in counts if s[: len(match)] == match and 0 < len(s) - len(match) <= 4]
+        wanted = sorted((counts[string] for string in below), reverse=True)[:12]
+        for index in (cache, SuffixDecodingCache.open(tmp_path / "index")):
+            draft = index.continuations(context, longest=5, length=4, max_tokens=12)
+            strings = {-1: match}
+            for node, (token, parent) in enumerate(
+                zip(draft.token_ids, draft.parents, strict=True)
+            ):
+                strings[node] = (*strings[parent], token)
+            assert draft.match_len == len(match)
+            assert len(set(strings.values())) == len(strings)
+            assert [counts[strings[node]] for node in range(len(wanted))] == wanted
+        found += len(wanted)
+    assert found > 300

@@ -10,13 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decode import SamplingParams
 from decode.acceptance import TopTokens
-from decode.drafters import ExpansionTrees, PromptLookup, SuffixDrafts, TokenRecycling
+from decode.drafters import ExpansionTrees, PromptLookup, Rest, SuffixDrafts, TokenRecycling
+from distill.batches import SeqKD
 from distill.drafter_folder import find_drafter
 from distill.errors import UserError
 from distill.evaluate import Evaluate
 from distill.measure import read_journal
 from distill.prompts import DatasetPrompts
 from distill.report.html import marks, token_texts
+from distill.store import Row, RowStore
 from distill.target import TargetSettings
 
 
@@ -133,6 +135,52 @@ def test_drafting_without_a_model_learns_in_order_also_after_a_kill(
     without_model(tmp_path / "cut").run()
     again = read_journal(tmp_path / "cut" / "measurements.jsonl")
     assert {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in again} == steps
+
+
+def test_a_warm_start_is_what_every_repeat_begins_with_also_after_a_kill(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The past holds what the target writes, as rows of other prompts with the same outputs."""
+    evaluation(folders, tmp_path / "cold", model_free={"suffix": SuffixDrafts()}).run()
+    cold = read_journal(tmp_path / "cold" / "measurements.jsonl")
+    written = {m.unit: m.outputs[0] for m in cold if m.mode == "suffix"}
+
+    def rows(prompt_of_unit: dict[int, list[int]]) -> list[Row]:
+        return [
+            Row(f"key {prompt}", "", "", prompt, written[unit].tokens, "length")
+            for unit, prompt in prompt_of_unit.items()
+        ]
+
+    store = RowStore(tmp_path / "rows")
+    store.append(rows({unit: [unit] for unit in written}))
+
+    def warm(output: Path) -> Evaluate:
+        free = {"suffix": SuffixDrafts(), "rest": Rest(), "lookup": PromptLookup()}
+        past = SeqKD(rows=store.folder)
+        return evaluation(folders, output, drafters={}, model_free=free, past=past, repeats=2)
+
+    warm(tmp_path / "whole").run()
+    whole = read_journal(tmp_path / "whole" / "measurements.jsonl")
+    steps = {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in whole}
+    assert all(steps[unit, mode, 0] == steps[unit, mode, 1] for unit, mode, _ in steps)
+    assert len(steps[0, "suffix", 0]) < len(written[0].steps)  # the first prompt finds its output
+    assert len(steps[0, "rest", 0]) < len(steps[0, "autoregressive", 0])
+    lines = (tmp_path / "whole" / "measurements.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "measurements.jsonl").write_text("".join(lines[:17]))
+    warm(tmp_path / "cut").run()
+    again = read_journal(tmp_path / "cut" / "measurements.jsonl")
+    assert {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in again} == steps
+
+    prompt = json.loads((folders / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    evaluated = [int(word[1:]) for word in prompt.split()]
+    store.append(rows({0: evaluated}))
+    with pytest.raises(UserError, match="past_hash"):
+        warm(tmp_path / "whole").run()
+    warm(tmp_path / "more").run()
+    assert "1 past outputs are left out" in capsys.readouterr().out
+    more = read_journal(tmp_path / "more" / "measurements.jsonl")
+    assert {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in more} == steps
 
 
 def test_drafters_need_names_of_their_own(folders: Path, tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ def test_columns_references_and_repeated_prompts(
     settings = DatasetPrompts(path=str(path), prompt_column="question", reference_column="answer")
     (prompt,) = settings.load(tokenizer)
     assert (prompt.text, prompt.reference, prompt.source) == ("one", "two", "a.jsonl:1")
+    assert prompt.material == []
+    settings = DatasetPrompts(path=str(path), prompt_column="question", material_column="answer")
+    (prompt,) = settings.load(tokenizer)
+    assert prompt.material == tokenizer.convert_tokens_to_ids(["two"])
+    with pytest.raises(UserError, match="no column 'answers'"):
+        load(path, tokenizer, prompt_column="question", material_column="answers")
 
 
 def test_a_smaller_limit_is_a_part_of_a_larger_one(

@@ -1,0 +1,39 @@
+"""Outputs that drafters have seen before an evaluation begins: its warm start."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from distill.batches import SeqKD, TrainingData
+from distill.errors import UserError
+from distill.prompts import Prompt
+from distill.run_folder import content_hash
+from distill.store import RowStore
+
+
+def past_outputs(
+    data: TrainingData, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> list[list[int]]:
+    """The outputs of `data`, but for those of the prompts that are evaluated.
+
+    Raises:
+        UserError: there are none.
+    """
+    evaluated = {tuple(prompt.ids) for prompt in prompts}
+    examples = data.examples(tokenizer)
+    outputs = [e.output_ids for e in examples if tuple(e.prompt_ids) not in evaluated]
+    if not outputs:
+        raise UserError(
+            "the past has no outputs but those of the prompts that are evaluated",
+            hint="give other prompts, or other rows",
+        )
+    if left_out := len(examples) - len(outputs):
+        print(f"{left_out} past outputs are left out: their prompts are evaluated")
+    return outputs
+
+
+def past_hash(data: TrainingData) -> str | None:
+    """Hash of what is in a row store, which may grow; None of other data."""
+    if not isinstance(data, SeqKD) or data.rows is None:
+        return None
+    return content_hash(sorted(RowStore(data.rows).keys()))
