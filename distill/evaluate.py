@@ -44,7 +44,6 @@ from distill.past import past_hash, past_outputs
 from distill.progress import Progress
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.report.bootstrap import FEW
-from distill.report.by_length import by_length
 from distill.report.figures import (
     AUTOREGRESSIVE,
     TRANSFORMERS,
@@ -52,17 +51,9 @@ from distill.report.figures import (
     Measurement,
     figures,
 )
-from distill.report.html import page, passages_of
-from distill.report.plots import all_plots, save
-from distill.report.tables import (
-    as_csv,
-    as_json,
-    markdown,
-    step_times,
-    terminal,
-    verdicts,
-    without_nan,
-)
+from distill.report.html import passages_of
+from distill.report.tables import terminal, verdicts
+from distill.report.writing import write_report
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
 from distill.target import LoadedTarget, TargetSettings
 
@@ -152,7 +143,9 @@ class Evaluate:
             name: drafter for name, drafter in loaded.items() if isinstance(drafter, Learner)
         }
         journal = self.output / "measurements.jsonl"
-        past = past_outputs(self.past, target.tokenizer, prompts) if self.past else []
+        past = []
+        if self.past is not None:
+            past = past_outputs(self.past, target.tokenizer, prompts, learners.values())
         measurements = measure(modes, units, self.repeats, journal, learners, past)
         ties = self._compare(target, measurements, prompts)
         traces = self._trace(target, wrapped, loaded, units, past) if self.trace else {}
@@ -431,54 +424,24 @@ class Evaluate:
             "versions": ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
             "source": about["git"],
         }
-        times = step_times(
-            measurements,
-            [AUTOREGRESSIVE, *self.names],
-            num_resamples=self.num_resamples,
-            seed=self.seed,
-        )
-        lengths = by_length(
-            measurements,
-            self.names,
-            {prompt.id: len(prompt.ids) for prompt in prompts},
-            num_resamples=self.num_resamples,
-            seed=self.seed,
-        )
-        plots = all_plots(drafters, times)
-        save(plots, self.output / "plots")
-        write_text(self.output / "results.csv", as_csv(drafters, times))
-        write_text(self.output / "results.md", markdown(drafters, exactness))
         mode = "greedy" if self.sampling.temperature == 0 else f"T = {self.sampling.temperature}"
-        write_text(
-            self.output / "report.html",
-            page(
-                title=self.title,
-                lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
-                f"{self.draft or f'draft length {self.draft_length}'}; {exactness}{doubt}",
-                drafters=drafters,
-                exactness=exactness,
-                plots=plots,
-                passages={
-                    d.name: passages_of(
-                        target, prompts, measurements, d.name, traces.get(d.name, ())
-                    )
-                    for d in drafters
-                },
-                facts=facts,
-                times=times,
-                lengths=lengths,
-            ),
-        )
-        write_json(
-            self.output / "results.json",
-            {
-                "drafters": as_json(drafters, times),
-                "block_efficiency_by_length": {
-                    name: {where: without_nan(asdict(found)) for where, found in row.items()}
-                    for name, row in lengths.items()
-                },
-                "exactness": exactness,
-                "num_prompts": len(prompts),
+        write_report(
+            self.output,
+            title=self.title,
+            lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
+            f"{self.draft or f'draft length {self.draft_length}'}; {exactness}{doubt}",
+            facts=facts,
+            exactness=exactness,
+            drafters=drafters,
+            measurements=measurements,
+            prompts=prompts,
+            passages={
+                d.name: passages_of(target, prompts, measurements, d.name, traces.get(d.name, ()))
+                for d in drafters
+            },
+            num_resamples=self.num_resamples,
+            seed=self.seed,
+            record={
                 "settings": settings,
                 "target_fingerprint": target.fingerprint,
                 "environment": about,

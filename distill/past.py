@@ -1,6 +1,6 @@
 """Outputs that drafters have seen before an evaluation begins: its warm start."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,13 +12,23 @@ from distill.store import RowStore
 
 
 def past_outputs(
-    data: TrainingData, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    drafters: Iterable[object],
 ) -> list[list[int]]:
     """The outputs of `data`, but for those of the prompts that are evaluated.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or no drafter learns from them.
     """
+    if not any(hasattr(drafter, "learn") for drafter in drafters):
+        raise UserError(
+            "past outputs are given, but no drafter learns from outputs",
+            hint="add one that does, such as model_free=[suffix], or leave out data@past",
+        )
+    if isinstance(data, SeqKD) and data.rows is None:
+        raise UserError("past.rows names no folder", hint="past.rows=runs/.../rows")
     evaluated = {tuple(prompt.ids) for prompt in prompts}
     examples = data.examples(tokenizer)
     outputs = [e.output_ids for e in examples if tuple(e.prompt_ids) not in evaluated]

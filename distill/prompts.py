@@ -39,6 +39,7 @@ class Prompt:
         reference: the text that follows in the data, where there is one.
         source: where it comes from, for people.
         material: token ids of a text that outputs are likely to copy from, for drafters only.
+        category: what kind of prompt it is, for reports; "" where that is not known.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Prompt:
     reference: str | None
     source: str
     material: Sequence[int] = ()
+    category: str = ""
 
 
 class PromptSettings(Protocol):
@@ -117,7 +119,11 @@ class StandardLibraryPrompts:
             return None
         ids = tokenizer(text, verbose=False)["input_ids"]
         source = f"{piece.module}:{piece.index}"
-        return Prompt(prompt_id(ids), ids, text, piece.text[len(text) :], source)
+        parts = piece.module.split(".")
+        is_test = any(part in ("test", "tests") or part.startswith("test_") for part in parts)
+        category = "tests" if is_test else "library"
+        rest = piece.text[len(text) :]
+        return Prompt(prompt_id(ids), ids, text, rest, source, category=category)
 
 
 class ChatTemplate(enum.Enum):
@@ -140,6 +146,7 @@ class DatasetPrompts:
         messages_column: holds chats instead, [{"role": ..., "content": ...}, ...].
         reference_column: holds the text that follows, for data=text.
         material_column: holds a text that outputs are likely to copy from, for drafters only.
+        category_column: holds what reports split their figures by.
         chat_template: whether a plain prompt is rendered as a user's message.
         limit: how many, a random choice; a smaller limit is a part of a larger one.
         max_prompt_tokens: longer prompts are left out, and counted in a warning.
@@ -153,6 +160,7 @@ class DatasetPrompts:
     messages_column: str | None = None
     reference_column: str | None = None
     material_column: str | None = None
+    category_column: str | None = None
     chat_template: ChatTemplate = ChatTemplate.auto
     limit: int | None = None
     max_prompt_tokens: int | None = None
@@ -216,7 +224,8 @@ class DatasetPrompts:
                 "give prompts.path a local file, or a hub id that can be reached",
             ) from error
         wanted = [self.messages_column or self.prompt_column]
-        wanted += [column for column in (self.reference_column, self.material_column) if column]
+        others = (self.reference_column, self.material_column, self.category_column)
+        wanted += [column for column in others if column]
         for column in wanted:
             if column not in rows.column_names:
                 raise UserError(
@@ -262,7 +271,8 @@ class DatasetPrompts:
             material = tokenizer(
                 row[self.material_column], add_special_tokens=False, verbose=False
             )["input_ids"]
-        return Prompt(prompt_id(ids), list(ids), text, reference, source, material)
+        category = str(row[self.category_column]) if self.category_column else ""
+        return Prompt(prompt_id(ids), list(ids), text, reference, source, material, category)
 
 
 def _check_limit(limit: int | None) -> None:

@@ -76,7 +76,7 @@ KINDS = {
     "b": "bonus: the target's token behind a draft that was accepted whole, or behind none",
 }
 NUM_PASSAGES = 3
-NO_LENGTHS: Mapping[str, Mapping[str, Interval]] = {}
+NOTHING: Mapping[str, Mapping[str, Interval]] = {}
 ANCHOR = 8  # tokens of the prompt that are decoded along: some tokenizers strip what comes first
 PROMPT_SHOWN = 1500  # characters: its end, next to which the output stands
 
@@ -200,7 +200,8 @@ def page(
     passages: Mapping[str, Sequence[Passage]],
     facts: Mapping[str, Any],
     times: Mapping[str, StepTimes] = NO_TIMES,
-    lengths: Mapping[str, Mapping[str, Interval]] = NO_LENGTHS,
+    lengths: Mapping[str, Mapping[str, Interval]] = NOTHING,
+    categories: Mapping[str, Mapping[str, Interval]] = NOTHING,
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
     legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in KINDS.items())
@@ -217,7 +218,8 @@ prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the targe
 Of the two speedups, quote the smaller.</p>
 <h2>Plots</h2>
 {"".join(_image(name, data) for name, data in plots.items())}
-{_by_length(lengths)}
+{_by_kind("length of the text before the step", "tokens of prompt and output", lengths)}
+{_by_kind("category of the prompt", "category", categories)}
 <h2>Who wrote which token</h2>
 <p class="legend"><span class="p">prompt</span>{legend}<span class="s">begin of a step</span></p>
 {_tabs({name: "".join(map(_passage, rows)) for name, rows in passages.items()})}
@@ -236,15 +238,12 @@ def _figures(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes])
     return _table([["figure", *found], *rows])
 
 
-def _by_length(lengths: Mapping[str, Mapping[str, Interval]]) -> str:
-    if not lengths:
+def _by_kind(of_what: str, corner: str, table: Mapping[str, Mapping[str, Interval]]) -> str:
+    if not table:
         return ""
-    ranges = list(next(iter(lengths.values())))
-    rows = [[name, *(cell(found[where]) for where in ranges)] for name, found in lengths.items()]
-    return (
-        "<h2>τ by length of the text before the step</h2>"
-        f'<div class="scroll">{_table([["tokens of prompt and output", *ranges], *rows])}</div>'
-    )
+    kinds = list(next(iter(table.values())))
+    rows = [[name, *(cell(found[kind]) for kind in kinds)] for name, found in table.items()]
+    return f'<h2>τ by {of_what}</h2><div class="scroll">{_table([[corner, *kinds], *rows])}</div>'
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

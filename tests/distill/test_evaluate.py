@@ -172,6 +172,10 @@ def test_a_warm_start_is_what_every_repeat_begins_with_also_after_a_kill(
     again = read_journal(tmp_path / "cut" / "measurements.jsonl")
     assert {(m.unit, m.mode, m.repeat): m.outputs[0].steps for m in again} == steps
 
+    free, past = {"lookup": PromptLookup()}, SeqKD(rows=store.folder)
+    useless = evaluation(folders, tmp_path / "no", drafters={}, model_free=free, past=past)
+    with pytest.raises(UserError, match="no drafter learns"):
+        useless.run()
     prompt = json.loads((folders / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
     evaluated = [int(word[1:]) for word in prompt.split()]
     store.append(rows({0: evaluated}))
@@ -275,6 +279,16 @@ def test_a_trace_keeps_every_step_and_the_page_draws_it(folders: Path, tmp_path:
     assert report.read_text().count("<svg") > 20
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["block_efficiency_by_length"].keys() == {"good", "bad"}
+    assert results.keys() == {
+        "drafters",
+        "block_efficiency_by_length",
+        "block_efficiency_by_category",
+        "exactness",
+        "num_prompts",
+        "settings",
+        "target_fingerprint",
+        "environment",
+    }
 
 
 def test_texts_of_tokens_add_up(folders: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from decode import StepRecord
 from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
-from distill.report.by_length import by_length
+from distill.report.by_kind import by_category, by_length
 from distill.report.drafts import DrawnStep, tree
 from distill.report.figures import AUTOREGRESSIVE, Measurement, Output, figures
 from distill.report.html import Passage, marks, page
@@ -201,6 +201,27 @@ def test_efficiency_by_length_by_hand() -> None:
     assert [interval.value for interval in table["weak"].values()] == [1.0, 2.5]
     assert [interval.value for interval in table["strong"].values()] == [3.0, 3.0]
     assert by_length(ALL, [], lengths, num_resamples=50, seed=0) == {}
+
+
+def test_efficiency_by_category_by_hand() -> None:
+    kinds = {"p0": "code", "p1": "code", "p2": "prose", "p3": "prose"}
+    table = by_category(ALL, ["weak", "strong"], kinds, num_resamples=50, seed=0)
+    assert {name: list(row) for name, row in table.items()} == {
+        "weak": ["code", "prose"],
+        "strong": ["code", "prose"],
+    }
+    steps = {
+        kind: [
+            emitted
+            for m in ALL
+            if m.mode == "weak" and m.repeat == 0 and kinds[m.outputs[0].prompt_id] == kind
+            for _, _, emitted, _ in m.outputs[0].steps[1:]
+        ]
+        for kind in ("code", "prose")
+    }
+    for kind, emitted in steps.items():
+        assert table["weak"][kind].value == sum(emitted) / len(emitted)
+    assert by_category(ALL, ["weak"], dict.fromkeys(kinds, "code"), num_resamples=50, seed=0) == {}
 
 
 def test_a_draft_is_drawn_with_what_became_of_it() -> None:
