@@ -12,6 +12,7 @@ from distill.report.bootstrap import Interval
 from distill.report.drafts import STYLE as DRAFT_STYLE
 from distill.report.drafts import DrawnStep, drawn
 from distill.report.figures import DrafterFigures, Measurement, Output
+from distill.report.prediction import Prediction
 from distill.report.tables import (
     HEADER,
     NO_TIMES,
@@ -77,6 +78,7 @@ KINDS = {
 }
 NUM_PASSAGES = 3
 NOTHING: Mapping[str, Mapping[str, Interval]] = {}
+NONE_PREDICTED: Mapping[str, Prediction] = {}
 ANCHOR = 8  # tokens of the prompt that are decoded along: some tokenizers strip what comes first
 PROMPT_SHOWN = 1500  # characters: its end, next to which the output stands
 
@@ -202,6 +204,7 @@ def page(
     times: Mapping[str, StepTimes] = NO_TIMES,
     lengths: Mapping[str, Mapping[str, Interval]] = NOTHING,
     categories: Mapping[str, Mapping[str, Interval]] = NOTHING,
+    predictions: Mapping[str, Prediction] = NONE_PREDICTED,
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
     legend = "".join(f'<span class="{kind}">{text}</span>' for kind, text in KINDS.items())
@@ -218,6 +221,7 @@ prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the targe
 Of the two speedups, quote the smaller.</p>
 <h2>Plots</h2>
 {"".join(_image(name, data) for name, data in plots.items())}
+{_predicted(predictions)}
 {_by_kind("length of the text before the step", "tokens of prompt and output", lengths)}
 {_by_kind("category of the prompt", "category", categories)}
 <h2>Who wrote which token</h2>
@@ -236,6 +240,23 @@ def _figures(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes])
     names = dict.fromkeys(name for figures in found.values() for name in figures)
     rows = [[name, *(cell(figures.get(name), 3) for figures in found.values())] for name in names]
     return _table([["figure", *found], *rows])
+
+
+def _predicted(predictions: Mapping[str, Prediction]) -> str:
+    if not predictions:
+        return ""
+    head = ["", "draft length", "c", "v", "theorem", "with the costs", "measured"]
+    rows = [
+        [name, str(p.draft_length)]
+        + [f"{figure:.2f}" for figure in (p.c, p.v, p.ideal, p.with_costs, p.measured)]
+        for name, p in predictions.items()
+    ]
+    return f"""<h2>Predicted and measured speed</h2>
+<div class="scroll">{_table([head, *rows])}</div>
+<p class="lead">Over autoregressive steps. Theorem: (1 - α^(γ+1)) / ((1 - α)(γ c + 1)), Leviathan et
+al. 2023, which takes verification to cost what one token does (v = 1) and acceptance to be alike
+everywhere. With the costs: the same tokens over the seconds that steps really took. From there to
+what was measured only the second assumption is missing.</p>"""
 
 
 def _by_kind(of_what: str, corner: str, table: Mapping[str, Mapping[str, Interval]]) -> str:

@@ -10,6 +10,7 @@ from distill.report.by_kind import Table, by_category, by_length
 from distill.report.figures import AUTOREGRESSIVE, DrafterFigures, Measurement
 from distill.report.html import Passage, page
 from distill.report.plots import all_plots, save
+from distill.report.prediction import predict
 from distill.report.tables import as_csv, as_json, markdown, step_times, without_nan
 from distill.run_folder import write_json, write_text
 
@@ -52,6 +53,7 @@ def write_report(
     lengths = by_length(measurements, names, prompt_lengths, **bootstrap)
     kinds = {prompt.id: prompt.category for prompt in prompts}
     categories = by_category(measurements, names, kinds, **bootstrap)
+    predictions = predict(drafters, times)
     plots = all_plots(drafters, times)
     save(plots, folder / "plots")
     write_text(folder / "results.csv", as_csv(drafters, times))
@@ -69,6 +71,7 @@ def write_report(
             times=times,
             lengths=lengths,
             categories=categories,
+            predictions=predictions,
         ),
     )
     write_json(
@@ -77,6 +80,7 @@ def write_report(
             "drafters": as_json(drafters, times),
             "block_efficiency_by_length": _as_json(lengths),
             "block_efficiency_by_category": _as_json(categories),
+            "predicted_speed": {name: asdict(p) for name, p in predictions.items()},
             "exactness": exactness,
             "num_prompts": len(prompts),
             **record,

@@ -283,6 +283,7 @@ def test_a_trace_keeps_every_step_and_the_page_draws_it(folders: Path, tmp_path:
         "drafters",
         "block_efficiency_by_length",
         "block_efficiency_by_category",
+        "predicted_speed",
         "exactness",
         "num_prompts",
         "settings",

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +16,7 @@ from distill.report.drafts import DrawnStep, tree
 from distill.report.figures import AUTOREGRESSIVE, Measurement, Output, figures
 from distill.report.html import Passage, marks, page
 from distill.report.plots import all_plots
+from distill.report.prediction import predict
 from distill.report.tables import as_csv, as_json, markdown, step_times, verdict, verdicts
 
 
@@ -100,6 +102,22 @@ def test_figures_by_hand() -> None:
     assert (weak.verdict, strong.verdict) == ("the reference", "higher")
     assert weak.milliseconds["verify"] == 2.5 / 3 * 1000
     assert (weak.mismatches, strong.mismatches, strong.near_ties) == (0, 1, 1)
+
+
+def test_predicted_speed_by_hand() -> None:
+    times = step_times(ALL, [AUTOREGRESSIVE, "weak", "strong"], num_resamples=50, seed=0)
+    found = predict(both(), times)
+    weak = found["weak"]
+    # An autoregressive step takes 7/6 s, half of it the forward; a weak one 5/3 s with two tokens.
+    assert weak.draft_length == 2
+    assert weak.c == pytest.approx((5 / 4 / 3 / 2) / (7 / 2 / 6))
+    assert weak.v == pytest.approx((5 / 2 / 3) / (7 / 2 / 6))
+    assert weak.ideal == pytest.approx(1.96 / (2 * weak.c + 1))  # 1 + 0.6 + 0.6²
+    assert weak.with_costs == pytest.approx(1.96 * (7 / 6) / (5 / 3))
+    assert weak.measured == pytest.approx(2 * (7 / 6) / (5 / 3))
+    assert found["strong"].with_costs == pytest.approx(found["strong"].measured)  # α is 1
+    tree = replace(both()[0], draft_acceptance_rate=Interval(0.1, 0.1, 0.1))  # 10 tokens, depth 2
+    assert predict([tree], times) == {}
 
 
 def test_tables_say_what_the_figures_say() -> None:
