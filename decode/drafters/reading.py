@@ -90,7 +90,7 @@ class Reader:
         committed = missing if commit_roots else [max(0, count - 1) for count in missing]
         logits = self.read(slots, tokens.to(self.device), commit=committed)
         if min(missing) == width:
-            return logits[:, -1:]
+            return logits if width == 1 else logits[:, -1:]
         last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
         return logits[torch.arange(len(slots), device=logits.device), last][:, None]
 
