@@ -1,29 +1,23 @@
-"""Divergences between the target's and the drafter's distributions, token by token.
+"""Divergences between the target's distribution p and the drafter's q, token by token.
 
-Pure functions ``(target_logits [T, V], draft_logits [T, V]) -> [T]``. In the formulas p is the
-target's distribution and q the drafter's.
+Pure functions ``(target, draft) -> (value [T], slope [T, O])`` over O outcomes: every token, or a
+stored top-k and its tail. The slope is the derivative by the drafter's log-probabilities, formed
+by hand: automatic differentiation keeps and passes over [T, O] several times more. What a slope
+means for logits, and that slopes which differ by a multiple of q mean the same there, is
+`Compared.logit_gradient`.
 """
 
 from torch import Tensor
 
+from distill.laws import Outcomes
 
-def forward_kl(target_logits: Tensor, draft_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) = Σ p (log p - log q) at a temperature, in nats.
 
-    Hinton et al. 2015 (section 2): the gradient shrinks with temperature²; the factor that makes
-    up for it is part of the value.
+def forward_kl(target: Outcomes, draft: Outcomes) -> tuple[Tensor, Tensor]:
+    """KL(p || q) = Σ p (log p - log q) in nats; slope -p, so ∂/∂z = q - p."""
+    value = _dot(target.probs, target.logprobs - draft.logprobs)
+    return value, target.probs.neg()
 
-    Args:
-        target_logits: [T, V]; no gradient flows into them.
-        draft_logits: [T, V].
-        temperature: both distributions are softened by it.
 
-    Returns:
-        [T].
-    """
-    target_logits = target_logits.detach()
-    if temperature != 1:  # a pass over [T, V] each, so only where it changes something
-        target_logits, draft_logits = target_logits / temperature, draft_logits / temperature
-    target_logprobs, draft_logprobs = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
-    divergence = (target_logprobs.exp() * (target_logprobs - draft_logprobs)).sum(-1)
-    return divergence * temperature**2
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Σ over outcomes, [T]."""
+    return (first * second).sum(-1)

@@ -172,8 +172,7 @@ class Trainee(nn.Module):
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_half):
             signal = None if self.teacher is None else self.teacher.signal(batch)
             aligned = self.alignment.align(self.drafter, batch)
-            logits = None if signal is None else signal.logits
-            return projected_loss(aligned.states, aligned.labels, logits, self.objective)
+            return projected_loss(aligned, signal, self.objective)
 
 
 class Trainer:
