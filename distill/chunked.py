@@ -8,7 +8,7 @@ into the gradients of the hidden states and of the weights; the backward only sc
 Shape legend: T places, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.alignment import Aligned, Depth, TeacherSignal
+from distill.depth_weights import DepthWeights, Uniform
+from distill.judging import judged
 from distill.laws import Compared, TargetLaw, point_mass
-from distill.objectives import DepthWeights, LossTerms, Objective, Uniform, judged
+from distill.objectives import LossTerms, Objective, Pointwise
 from distill.states import Head, at_least_float32, compute_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}  # logits per chunk: what a core's cache holds
@@ -55,6 +57,22 @@ def projected_loss(
     return LossTerms(loss, terms.num_tokens, terms.metrics)
 
 
+@torch.no_grad()
+def prediction_losses(
+    aligned: Aligned,
+    signal: TeacherSignal,
+    objective: Pointwise,
+    *,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """What each of the T predictions of each depth costs, [T], without gradient."""
+    chunks = _Chunks(aligned).compared(
+        signal, objective.temperature, chunk_size or _chunk_size(aligned)
+    )
+    values = [[objective.divergence(depth)[0] for depth in depths] for _, _, depths in chunks]
+    return [torch.cat(parts) for parts in zip(*values, strict=True)]
+
+
 class _Chunks:
     """One pass over a batch, and the gradients that it leaves."""
 
@@ -64,6 +82,7 @@ class _Chunks:
         self.device = self.depths[0].states.hidden.device.type
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # id -> tensor, its gradient
         self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._plain = [self._without_gradient(depth) for depth in self.depths]
         for depth in self.depths:
             head = depth.states.head
             for tensor in (depth.states.hidden, head.weight, head.bias):
@@ -80,35 +99,48 @@ class _Chunks:
         chunk_size: int,
     ) -> LossTerms:
         """The summed terms; the gradients are there afterwards."""
-        places = len(self.depths[0].labels)
-        plain = [self._plain(depth) for depth in self.depths]
         parts = []
-        # No places at all make one empty chunk: the terms are zeros, under their usual names.
+        for chunk, logits, compared in self.compared(signal, objective.temperature, chunk_size):
+            terms, slopes = judged(
+                objective,
+                depth_weights,
+                compared,
+                [depth.labels[chunk] for depth in self.depths],
+                [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
+            )
+            parts.append(terms)
+            if self.gradients:
+                for number, slope in enumerate(slopes):
+                    gradient = compared[number].logit_gradient(slope)
+                    self._fold(gradient, logits[number], number, chunk)
+        return _sum(parts)
+
+    def compared(
+        self, signal: TeacherSignal | None, temperature: float, chunk_size: int
+    ) -> Iterator[tuple[slice, list[Tensor], list[Compared]]]:
+        """Chunk by chunk: its places, and at every depth the logits and what the target says.
+
+        No places at all make one empty chunk: the terms are zeros then, under their usual names.
+        """
+        places = len(self.depths[0].labels)
         for begin in range(0, max(places, 1), chunk_size):
             chunk = slice(begin, min(begin + chunk_size, places))
             laws = [_law(signal, depth, chunk) for depth in self.depths]
             with torch.autocast(self.device, enabled=False):
-                compared, logits = [], []
-                for (hidden, head), law in zip(plain, laws, strict=True):
-                    logits.append(head.cap(at_least_float32(head.project(hidden[chunk]))))
-                    compared.append(Compared.at(law, logits[-1], objective.temperature))
-                terms, slopes = judged(
-                    objective,
-                    depth_weights,
-                    compared,
-                    [depth.labels[chunk] for depth in self.depths],
-                    [None if d.valid is None else d.valid[chunk] for d in self.depths],
+                logits = [
+                    head.cap(at_least_float32(head.project(hidden[chunk])))
+                    for hidden, head in self._plain
+                ]
+                yield (
+                    chunk,
+                    logits,
+                    [
+                        Compared.at(law, drafted, temperature)
+                        for law, drafted in zip(laws, logits, strict=True)
+                    ],
                 )
-                if self.gradients:
-                    for number, (hidden, head) in enumerate(plain):
-                        gradient = compared[number].logit_gradient(slopes[number])
-                        width = gradient.shape[-1]
-                        gradient = head.uncap(gradient, logits[number][:, :width])
-                        self._fold(gradient, self.depths[number], hidden[chunk], head, chunk)
-            parts.append(terms)
-        return _sum(parts)
 
-    def _plain(self, depth: Depth) -> tuple[Tensor, Head]:
+    def _without_gradient(self, depth: Depth) -> tuple[Tensor, Head]:
         """States and head without gradient, in the dtype of the products."""
         states = depth.states
         dtype = compute_dtype(states.hidden)
@@ -127,16 +159,14 @@ class _Chunks:
             self._cast[key] = tensor.detach().to(dtype)
         return self._cast[key]
 
-    def _fold(
-        self, gradient: Tensor, depth: Depth, hidden: Tensor, head: Head, chunk: slice
-    ) -> None:
-        """Add what the gradient [t, v] of a chunk's projections means for what they came from.
+    def _fold(self, gradient: Tensor, logits: Tensor, number: int, chunk: slice) -> None:
+        """Add what the gradient [t, v] of a chunk's logits [t, V] means for what they came from.
 
         The first v ids of the vocabulary have one; the rest stand for no token of the target.
         """
-        width = gradient.shape[-1]
-        gradient = gradient.to(hidden.dtype)
-        states = depth.states
+        width, states = gradient.shape[-1], self.depths[number].states
+        hidden, head = self._plain[number]
+        gradient, hidden = head.uncap(gradient, logits[:, :width]).to(hidden.dtype), hidden[chunk]
         if (found := self.gradients.get(id(states.hidden))) is not None:
             if head.weight is None:
                 found[1][chunk, :width] += gradient

@@ -98,6 +98,14 @@ class Compared:
         draft = Outcomes.of(draft_logits)
         return Compared(Outcomes.of(target_logits), draft, None, draft.probs, temperature)
 
+    def target_of_tokens(self) -> Outcomes:
+        """The target where only single tokens count: of the tail it is not known which one."""
+        if self.lumped is None:
+            return self.target
+        logprobs, probs = self.target.logprobs.clone(), self.target.probs.clone()
+        logprobs[:, -1], probs[:, -1] = FLOOR, 0
+        return Outcomes(logprobs, probs)
+
     def logit_gradient(self, slope: Tensor) -> Tensor:
         """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].
 
@@ -125,7 +133,8 @@ def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float) -> Compared:
             f"stored log-probabilities are the target's at temperature 1, not {temperature}; "
             "let the target run beside the drafter (teacher=live)"
         )
-    target_logprobs = torch.cat([law.logprobs, law.tail_mass[:, None].log()], -1)
+    tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
+    target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)
     target_logprobs = target_logprobs.to(draft_logits.dtype).clamp_(min=FLOOR)
     token_probs = draft_logits.softmax(-1)
     # log q = z - log Σ exp z; the likeliest token of all tells the sum, which never underflows.

@@ -28,10 +28,12 @@ from distill.alignment import Alignment, Teacher
 from distill.batches import Batch, BatchStream
 from distill.checkpoint import Checkpoint
 from distill.chunked import projected_loss
+from distill.depth_weights import DepthWeights, Uniform
 from distill.errors import UserError
 from distill.interrupts import interrupts
 from distill.objectives import LossTerms, Objective
 from distill.progress import Progress
+from distill.selection import TokenSelection
 from distill.tracking import MetricsFile, TrackerRun
 from distill.window import Window
 
@@ -155,8 +157,21 @@ class Trainee(nn.Module):
         objective: Objective,
         teacher: Teacher | None,
         precision: Precision,
+        *,
+        depth_weights: DepthWeights | None = None,
+        selection: TokenSelection | None = None,
     ):
-        """Only the drafter is trained; the teacher is no part of the module."""
+        """Only the drafter is trained; the teacher is no part of the module.
+
+        Args:
+            drafter: what is trained.
+            alignment: what it predicts from which states.
+            objective: what is minimised.
+            teacher: needed by objectives that ask what the target says.
+            precision: of the products.
+            depth_weights: how much each depth counts; by default all the same.
+            selection: of the tokens that are learnt; by default all.
+        """
         super().__init__()
         if objective.needs_target and teacher is None:
             raise ValueError(f"{type(objective).__name__} needs a teacher")
@@ -165,6 +180,8 @@ class Trainee(nn.Module):
         self.objective = objective
         self.teacher = teacher if objective.needs_target else None
         self.precision = precision
+        self.depth_weights = depth_weights or Uniform()
+        self.selection = selection
 
     def forward(self, batch: Batch) -> LossTerms:
         """The sums over the batch."""
@@ -172,7 +189,9 @@ class Trainee(nn.Module):
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_half):
             signal = None if self.teacher is None else self.teacher.signal(batch)
             aligned = self.alignment.align(self.drafter, batch)
-            return projected_loss(aligned, signal, self.objective)
+            if self.selection is not None and signal is not None:
+                aligned = self.selection.select(aligned, batch, signal)
+            return projected_loss(aligned, signal, self.objective, depth_weights=self.depth_weights)
 
 
 class Trainer:

@@ -14,8 +14,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from distill.divergences import forward_kl
-from distill.laws import Compared, Outcomes
+from distill import divergences
+from distill.laws import Compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +65,12 @@ class Objective(Protocol):
         ...
 
 
-class DepthWeights(Protocol):
-    """How much each depth of a draft counts."""
-
-    def weights(self, alphas: Tensor) -> Tensor:
-        """[K, T] for the expected acceptance rates [K, T] of each depth."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uniform:
-    """Every depth counts as much."""
-
-    def weights(self, alphas: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(alphas)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pointwise:
     """Sums a divergence over all predictions, each weighted as its depth is.
 
     Attributes:
-        temperature: the serving temperature.
+        temperature: the serving temperature, at which drafter and target are compared.
     """
 
     temperature: float = 1.0
@@ -97,10 +80,9 @@ class Pointwise:
 
     def __post_init__(self) -> None:
         """Refuse what no server samples at."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        _check(temperature=(self.temperature, self.temperature > 0, "> 0"))
 
-    def divergence(self, target: Outcomes, draft: Outcomes) -> tuple[Tensor, Tensor]:
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """The value [T] and its derivative [T, O] by the drafter's log-probabilities."""
         raise NotImplementedError
 
@@ -108,14 +90,14 @@ class Pointwise:
         """Σ w D, and its derivatives."""
         values, slopes = [], []
         for compared, weight in zip(depths, weights, strict=True):
-            value, slope = self.divergence(compared.target, compared.draft)
+            value, slope = self.divergence(compared)
             values.append((value * weight).sum())
             slopes.append(slope.mul_(weight[:, None]))
         return torch.stack(values).sum(), slopes
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy(Pointwise):
+class CrossEntropy:
     """Hard cross-entropy on the text, as Kim & Rush 2016 (Seq-KD) train on the teacher's own.
 
     On greedy target text `accuracy`, the share of tokens that the drafter would have drafted
@@ -123,88 +105,218 @@ class CrossEntropy(Pointwise):
     """
 
     needs_target: ClassVar[bool] = False
+    temperature: ClassVar[float] = 1.0
+    block: ClassVar[int] = 1
 
-    def divergence(self, target: Outcomes, draft: Outcomes) -> tuple[Tensor, Tensor]:
-        """-log q(label), as the forward KL from the label's point mass."""
-        return forward_kl(target, draft)
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """-Σ w log q(label): the forward KL from the labels' point masses."""
+        return ForwardKL().judge(depths, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Pointwise):
-    """KL from the target's distribution to the drafter's (Hinton et al. 2015; DistillSpec)."""
+    """KL(p || q) from the target to the drafter (Hinton et al. 2015; DistillSpec)."""
 
-    def divergence(self, target: Outcomes, draft: Outcomes) -> tuple[Tensor, Tensor]:
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """KL(p || q)."""
-        return forward_kl(target, draft)
+        return divergences.forward_kl(compared.target, compared.draft)
 
 
-def judged(
-    objective: Objective,
-    depth_weights: DepthWeights,
-    depths: Sequence[Compared],
-    labels: Sequence[Tensor],
-    valid: Sequence[Tensor | None],
-) -> tuple[LossTerms, list[Tensor]]:
-    """The objective of a chunk: its sums, and the derivatives by each depth's log-probabilities.
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL(Pointwise):
+    """KL(q || p) from the drafter to the target (MiniLLM; DistillSpec)."""
 
-    Told besides, per depth where there are several: `alpha`, the expected acceptance rate of a
-    drafter that samples at the objective's temperature, Σ min(p, q) (Leviathan et al. 2023,
-    theorem 3.5), or its bounds `alpha_lower` and `alpha_upper` where the target's tail is lumped;
-    `greedy_alpha`, p(argmax q), that of one that drafts greedily; `top1_agreement`, that at
-    temperature 0; and `accepted_length` of drafts of all depths. Without a target, `accuracy`.
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(q || p)."""
+        return divergences.reverse_kl(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JensenShannon(Pointwise):
+    """The generalised Jensen-Shannon divergence (GKD, Agarwal et al. 2023, section 2).
+
+    Attributes:
+        beta: the target's share of the mixture: near 0 like forward KL, near 1 like reverse KL.
     """
-    exists = [
-        torch.ones_like(truth, dtype=torch.bool) if there is None else there
-        for truth, there in zip(labels, valid, strict=True)
-    ]
-    is_real = torch.stack(exists).to(depths[0].draft.probs.dtype)  # [K, T]
-    metrics: dict[str, tuple[Tensor, Tensor]] = {}
-    rates: dict[str, list[Tensor]] = {}
-    for number, (compared, truth) in enumerate(zip(depths, labels, strict=True)):
-        suffix = f"_{number + 1}" if len(depths) > 1 else ""
-        told = _rates(compared) if objective.needs_target else _hits(compared, truth)
-        for name, rate in told.items():
-            rate = rate * is_real[number]
-            metrics[_numbered(name, suffix)] = (rate.sum(), is_real[number].sum())
-            rates.setdefault(name, []).append(rate)
-    if len(depths) > 1:
-        for name in ("alpha", "alpha_lower", "alpha_upper", "accuracy"):
-            if name in rates:  # a draft is accepted up to its first rejected token
-                length = torch.stack(rates[name]).cumprod(0).sum()
-                told_as = name.replace("accuracy", "alpha").replace("alpha", "accepted_length")
-                metrics[told_as] = (length, is_real[0].sum())
-    main = next(name for name in ("alpha", "alpha_upper", "accuracy") if name in rates)
-    weights = depth_weights.weights(torch.stack(rates[main])) * is_real
-    loss, slopes = objective.judge(depths, weights)
-    return LossTerms(loss, is_real.sum(), metrics), slopes
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(beta=(self.beta, 0 < self.beta < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """JSD(β)."""
+        return divergences.jensen_shannon(compared.target, compared.draft, self.beta)
 
 
-def _numbered(name: str, suffix: str) -> str:
-    """alpha_lower of depth 1 is alpha_1_lower."""
-    head, _, tail = name.partition("_")
-    return f"{head}{suffix}_{tail}" if tail in ("lower", "upper") else f"{name}{suffix}"
+@dataclass(frozen=True, kw_only=True)
+class SkewedForwardKL(Pointwise):
+    """KL(p || λ p + (1 - λ) q) (DistiLLM, Ko et al. 2024, section 3.1).
+
+    Attributes:
+        skew: λ, the share of the other side that is mixed in.
+    """
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(skew=(self.skew, 0 < self.skew < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(p || m)."""
+        return divergences.skewed_forward_kl(compared.target, compared.draft, self.skew)
 
 
-def _rates(compared: Compared) -> dict[str, Tensor]:
-    """Acceptance rates [T] that the two distributions imply."""
-    target, draft, lumped = compared.target.probs, compared.draft.probs, compared.lumped
-    drafted = compared.token_probs.argmax(-1, keepdim=True)
-    both = torch.minimum(target, draft)
-    if lumped is None:
-        greedy = target.gather(-1, drafted)[:, 0]
-        agreed = (greedy == target.amax(-1)).to(greedy.dtype)
-        return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
-    known = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
-    likeliest = lumped.ids.gather(-1, target[:, :-1].argmax(-1, keepdim=True))
-    return {
-        "alpha_lower": both[:, :-1].sum(-1),
-        "alpha_upper": both.sum(-1),
-        "greedy_alpha_lower": known,
-        "top1_agreement": (likeliest == drafted)[:, 0].to(known.dtype),
-    }
+@dataclass(frozen=True, kw_only=True)
+class SkewedReverseKL(Pointwise):
+    """KL(q || (1 - λ) p + λ q) (DistiLLM, Ko et al. 2024, section 3.1).
+
+    Attributes:
+        skew: λ, the share of the own side that is mixed in.
+    """
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(skew=(self.skew, 0 < self.skew < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(q || m)."""
+        return divergences.skewed_reverse_kl(compared.target, compared.draft, self.skew)
 
 
-def _hits(compared: Compared, labels: Tensor) -> dict[str, Tensor]:
-    """Where the likeliest token is the label, [T]."""
-    drafted = compared.token_probs.argmax(-1)
-    return {"accuracy": (drafted == labels).to(compared.token_probs.dtype)}
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Pointwise):
+    """1 - α, the share of sampled drafts that is rejected; for drafters that agree already."""
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """½ Σ |p - q|."""
+        return divergences.total_variation(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LKAlpha(Pointwise):
+    """-log α: the acceptance rate itself, with a gradient that starts from scratch (LK losses)."""
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """-log Σ min(p, q)."""
+        return divergences.lk_alpha(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LKLambda(Pointwise):
+    """From forward KL to total variation, token by token, as they agree (LK losses).
+
+    Attributes:
+        eta: how soon: forward KL's share is exp(-η α).
+    """
+
+    eta: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse a share that grows with the agreement."""
+        Pointwise.__post_init__(self)
+        _check(eta=(self.eta, self.eta >= 0, ">= 0"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """λ KL + (1 - λ) TV."""
+        return divergences.lk_lambda(compared.target, compared.draft, self.eta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyAcceptance(Pointwise):
+    """-log of a smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
+
+    vLLM drafts so by default: the draft is accepted with the probability that the target gives to
+    the drafter's likeliest token, and how q spreads over the others is of no account.
+
+    Attributes:
+        sharpness: the power of q that stands for its likeliest token; see
+            `divergences.greedy_acceptance`.
+    """
+
+    sharpness: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse powers that flatten."""
+        Pointwise.__post_init__(self)
+        _check(sharpness=(self.sharpness, self.sharpness >= 1, ">= 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """-log Σ p q̂."""
+        target = compared.target_of_tokens()
+        return divergences.greedy_acceptance(target, compared.draft, self.sharpness)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndTV:
+    """Rejected tokens of whole drafts: Σ_j (1 - Π_{i <= j} α_i) over the depths (Bebop).
+
+    Divided by the number of depths it is ``1 - 1/K Σ_j Π_{i <= j} (1 - TV_i)``; an early depth
+    counts in all later terms. Like total variation it wants a drafter that agrees already.
+
+    Attributes:
+        temperature: the serving temperature.
+        block: the length of the drafts that an independent model learns, teacher-forced; heads
+            have theirs.
+    """
+
+    temperature: float = 1.0
+    block: int = 5
+
+    needs_target: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse drafts of nothing."""
+        _check(
+            temperature=(self.temperature, self.temperature > 0, "> 0"),
+            block=(self.block, self.block >= 1, ">= 1"),
+        )
+
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The expected number of rejected tokens, those behind a rejected one among them."""
+        rates, slopes = zip(
+            *(divergences.acceptance(depth.target, depth.draft) for depth in depths), strict=True
+        )
+        reached = (weights > 0).cumprod(0)  # a place without a token ends the draft
+        with torch.enable_grad():
+            alphas = torch.stack(rates).requires_grad_()
+            loss = (weights * reached * (1 - alphas.cumprod(0))).sum()
+            (shares,) = torch.autograd.grad(loss, alphas)
+        return loss.detach(), [
+            slope.mul_(share[:, None]) for slope, share in zip(slopes, shares, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaSPEC(ForwardKL):
+    """Forward KL on the tokens that the drafter can still learn (AdaSPEC, 2510.19779).
+
+    Those with the largest excess of its divergence over a reference drafter's, which was trained
+    before on the same data: what even that one has not learnt, a small model does not learn.
+
+    Attributes:
+        reference: the reference drafter: a local folder or a hub id.
+        fraction: how many of a micro-batch's tokens are kept.
+    """
+
+    reference: str
+    fraction: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse fractions that keep nothing."""
+        ForwardKL.__post_init__(self)
+        _check(fraction=(self.fraction, 0 < self.fraction <= 1, "in (0, 1]"))
+
+
+def _check(**settings: tuple[float, bool, str]) -> None:
+    """Name the first setting that is not as it must be."""
+    for name, (value, is_right, wanted) in settings.items():
+        if not is_right:
+            raise ValueError(f"{name} must be {wanted}, got {value}")

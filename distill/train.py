@@ -32,11 +32,13 @@ from distill.alignment.lm import LiveTarget, LMAlignment
 from distill.batches import BatchStream, Example
 from distill.checkpoint import fsync
 from distill.config import command
+from distill.depth_weights import DepthWeights, Uniform
 from distill.errors import UserError
 from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
-from distill.objectives import Objective
+from distill.objectives import AdaSPEC, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.run_folder import RunFolder, content_hash, describe, environment, write_json
+from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
 from distill.tracking import NoTracker, Tracker
 
@@ -104,6 +106,7 @@ class Train:
         target: whose output it learns to predict.
         drafter: where it begins.
         objective: what is minimised.
+        depth_weights: how much each token of a draft counts, where several are predicted at once.
         data: what it reads.
         trainer: how.
         tracker: gets the figures besides metrics.jsonl.
@@ -120,6 +123,7 @@ class Train:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafter: DrafterSettings
     objective: Objective
+    depth_weights: DepthWeights = field(default_factory=Uniform)
     data: TrainingData
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     tracker: Tracker = field(default_factory=NoTracker)
@@ -158,10 +162,12 @@ class Train:
         trainer = Trainer(
             Trainee(
                 drafter,
-                LMAlignment(drafter),
+                LMAlignment(drafter, self.objective.block),
                 self.objective,
                 LiveTarget(target.model) if self.objective.needs_target else None,
                 self.trainer.precision,
+                depth_weights=self.depth_weights,
+                selection=self._selection(target, accelerator.device),
             ),
             BatchStream(
                 examples,
@@ -238,6 +244,19 @@ class Train:
                     hint=f"set it to {context} or less",
                 )
         return drafter
+
+    def _selection(self, target: LoadedTarget, device: torch.device) -> TokenSelection | None:
+        """What chooses the tokens, where the objective does not learn all."""
+        if not isinstance(self.objective, AdaSPEC):
+            return None
+        path = self.objective.reference
+        try:
+            check_tokenizers(target.tokenizer, AutoTokenizer.from_pretrained(path))
+            reference = CheckpointLM(path=path).build(target.model)
+        except (ValueError, OSError) as error:
+            hint = "name a trained drafter: objective.reference=runs/.../drafter"
+            raise UserError(first_line(error), path, hint) from error
+        return TokenSelection(self.objective, reference.to(device))
 
     def _settings(
         self,

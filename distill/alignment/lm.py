@@ -18,14 +18,50 @@ from distill.states import Head, States, compute_dtype
 class LMAlignment:
     """Aligns a causal LM."""
 
-    def __init__(self, drafter: PreTrainedModel):
-        """Find out how this model makes logits."""
+    def __init__(self, drafter: PreTrainedModel, block: int = 1):
+        """Find out how this model makes logits.
+
+        Args:
+            drafter: the model.
+            block: how many consecutive tokens are judged together, each after the data's own.
+        """
         self._head = PlainHead.of(drafter)
+        self._block = block
 
     def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
         """The drafter's states at the places before those that `batch.loss_mask` names."""
-        states = States(*predictions(drafter, self._head, batch))
-        return Aligned((Depth(states, batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]),))
+        hidden, head = predictions(drafter, self._head, batch)
+        labels = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+        if self._block == 1:
+            return Aligned((Depth(States(hidden, head), labels),))
+        return Aligned(
+            tuple(
+                Depth(States(hidden[rows], head), labels[rows].where(valid, 0), rows, valid)
+                for rows, valid in blocks(batch, self._block)
+            )
+        )
+
+
+def blocks(batch: Batch, length: int) -> list[tuple[Tensor, Tensor]]:
+    """The learnt tokens in blocks of `length`: per depth the rows [T] and which are valid [T].
+
+    Blocks follow one another from the first token of each run of learnt ones within an example;
+    the last of a run may be shorter.
+    """
+    row, place = batch.loss_mask.nonzero(as_tuple=True)
+    segment = batch.segment_ids[row, place]
+    number = torch.arange(len(row), device=row.device)
+    begins = torch.ones_like(row, dtype=torch.bool)
+    begins[1:] = (row.diff() != 0) | (place.diff() != 1) | (segment.diff() != 0)
+    run = begins.cumsum(0)
+    first = number.where(begins, 0).cummax(0).values
+    starts = number[(number - first) % length == 0]
+    depths = []
+    for depth in range(length):
+        rows = (starts + depth).clamp(max=max(len(number) - 1, 0))
+        valid = (rows == starts + depth) & (run[rows] == run[starts])
+        depths.append((rows.where(valid, 0), valid))
+    return depths
 
 
 class LiveTarget:
