@@ -228,7 +228,11 @@ class SpeculativeDecoder:
             lengths=torch.from_numpy(columns[0]),
             room=torch.from_numpy(columns[1]),
             hidden={
-                layer: pad_sequence([s.hidden[layer] for s in batch.sequences], batch_first=True)
+                layer: pad_sequence(
+                    [s.hidden[layer] for s in batch.sequences],
+                    batch_first=True,
+                    padding_side="left",
+                )
                 for layer in self.drafter.hidden_layers
             },
             sampling=batch.sampling,
