@@ -1,4 +1,4 @@
-"""`draftsmith train`: align an independent drafter to the target."""
+"""`draftsmith train`: align a drafter to the target."""
 
 import atexit
 import hashlib
@@ -26,14 +26,15 @@ from decode import (
     check_tokenizers,
     tokenizer_hash,
 )
-from decode.drafters import LMDrafter
+from decode.drafters import Chains
 from decode.models import CheckpointLM
-from distill.alignment.lm import LiveTarget, LMAlignment
+from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example
 from distill.checkpoint import fsync
 from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
 from distill.errors import UserError
+from distill.families import FAMILIES, Family, family_of
 from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
 from distill.objectives import AdaSPEC, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
@@ -50,8 +51,8 @@ INDIFFERENT = ("num_threads", "micro_batch_size", "keep_checkpoints", "log_every
 class DrafterSettings(Protocol):
     """Where a drafter begins."""
 
-    def build(self, target: PreTrainedModel) -> PreTrainedModel:
-        """The model; ValueError where it cannot be made for this target."""
+    def build(self, target: PreTrainedModel) -> nn.Module:
+        """The model, of one of the families; ValueError where it cannot be made for this target."""
         ...
 
 
@@ -115,7 +116,7 @@ class Train:
         num_held_out: how many.
         sampling: how τ is measured on them.
         draft_length: tokens per draft there.
-        lora: train adapters only; for drafters from a checkpoint.
+        lora: train adapters only; for language models from a checkpoint.
         output: the run folder; the finished drafter is its `drafter/`.
         seed: of data order and dropout.
     """
@@ -159,12 +160,16 @@ class Train:
 
         torch.manual_seed(self.seed)
         adapted = self.lora.wrap(drafter) if self.lora else None
+        family = FAMILIES[family_of(drafter)]
+        layers = family.layers(target.model)
+        reads_target = bool(layers) or self.objective.needs_target
+        live = LiveTarget(target.model, layers) if reads_target else None
         trainer = Trainer(
             Trainee(
                 drafter,
-                LMAlignment(drafter, self.objective.block),
+                family.alignment(drafter, target.model, live, self.objective.block),
                 self.objective,
-                LiveTarget(target.model) if self.objective.needs_target else None,
+                live,
                 self.trainer.precision,
                 depth_weights=self.depth_weights,
                 selection=self._selection(target, accelerator.device),
@@ -189,8 +194,8 @@ class Train:
             result.best.state()  # refuses a damaged one
             result.best.restore_model(drafter)
             model = drafter if adapted is None else adapted.merge_and_unload()
-            description = self._describe(target, examples, held_out, result)
-            write_drafter(finished, model, target.tokenizer, description)
+            description = self._describe(target, drafter, examples, held_out, result)
+            write_drafter(finished, model, family, target.tokenizer, description)
             folder.finish({**description["measured"], "best_step": result.best.step})
             print(f"{finished}{_measured(result.figures)}, step {result.best.step:,}")
         accelerator.wait_for_everyone()
@@ -215,7 +220,7 @@ class Train:
             )
         return held_out, kept
 
-    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> PreTrainedModel:
+    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> nn.Module:
         """The drafter before training, if it fits target and data."""
         where = None
         try:
@@ -226,15 +231,29 @@ class Train:
             drafter = self.drafter.build(target.model)
         except (ValueError, OSError) as error:
             raise UserError(first_line(error), where, "choose another drafter") from error
-        config = drafter.config.get_text_config()
-        if config.vocab_size < len(target.tokenizer):
+        self._check_sizes(drafter, target, where)
+        return drafter
+
+    def _check_sizes(self, drafter: Any, target: LoadedTarget, where: str | None) -> None:
+        """Refuse too few ids, and contexts shorter than the sequences."""
+        family = FAMILIES[family_of(drafter)]
+        if family.is_lm:
+            vocab_size = drafter.config.get_text_config().vocab_size
+            if vocab_size < len(target.tokenizer):
+                raise UserError(
+                    f"the drafter has {vocab_size:,} ids, the target's tokenizer "
+                    f"{len(target.tokenizer):,}",
+                    where,
+                    "choose a drafter with the target's tokenizer",
+                )
+        elif self.lora:
             raise UserError(
-                f"the drafter has {config.vocab_size:,} ids, the target's tokenizer "
-                f"{len(target.tokenizer):,}",
-                where,
-                "choose a drafter with the target's tokenizer",
+                "low-rank adapters are for drafters that are language models",
+                hint="lora=null: heads are trained whole",
             )
-        models = [drafter, target.model] if self.objective.needs_target else [drafter]
+        models = [drafter] if family.is_lm else []
+        if self.objective.needs_target or family.layers(target.model):
+            models.append(target.model)
         for model in models:
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if context is not None and self.trainer.sequence_length > context:
@@ -243,7 +262,6 @@ class Train:
                     f"context of {type(model).__name__}, {context}",
                     hint=f"set it to {context} or less",
                 )
-        return drafter
 
     def _selection(self, target: LoadedTarget, device: torch.device) -> TokenSelection | None:
         """What chooses the tokens, where the objective does not learn all."""
@@ -261,7 +279,7 @@ class Train:
     def _settings(
         self,
         target: LoadedTarget,
-        drafter: PreTrainedModel,
+        drafter: nn.Module,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
     ) -> dict[str, Any]:
@@ -289,9 +307,8 @@ class Train:
         ]
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            assert isinstance(model, PreTrainedModel)
             try:
-                drafter = LMDrafter(model, target=runtime, draft_length=self.draft_length)
+                drafter = Chains(length=self.draft_length).build(model, runtime)
             except ValueError as error:
                 raise UserError(str(error)) from error
             decoder = SpeculativeDecoder(runtime, drafter, tokenizer=target.tokenizer)
@@ -308,13 +325,14 @@ class Train:
     def _describe(
         self,
         target: LoadedTarget,
+        drafter: nn.Module,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
         result: TrainingSummary,
     ) -> dict[str, Any]:
         """The drafter's draftsmith.json."""
         return {
-            "family": "lm",
+            "family": family_of(drafter),
             "target": target.path,
             "target_fingerprint": target.fingerprint,
             "tokenizer_hash": tokenizer_hash(target.tokenizer),
@@ -337,11 +355,12 @@ class Train:
 
 def write_drafter(
     folder: Path,
-    model: PreTrainedModel,
+    model: nn.Module,
+    family: Family,
     tokenizer: PreTrainedTokenizerBase,
     description: dict[str, Any],
 ) -> None:
-    """Write a plain transformers directory with draftsmith.json: it appears whole or not at all.
+    """Write the drafter with tokenizer and draftsmith.json: the folder appears whole or not at all.
 
     Raises:
         UserError: it cannot be written.
@@ -349,7 +368,7 @@ def write_drafter(
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        family.save(model, partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "draftsmith.json", description)
         for path in partial.iterdir():

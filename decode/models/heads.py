@@ -65,10 +65,12 @@ class Heads(nn.Module):
         num_heads: depths.
         ends: of the target.
         outputs: vocabulary heads of their own, or None where the target's is used.
+        one_at_a_time: a training batch trains one head, drawn at random, not all of them.
         reads_tokens: whether a head's prediction depends on the tokens drafted before it.
     """
 
     reads_tokens: ClassVar[bool] = False
+    one_at_a_time = False
 
     def __init__(self, settings: Any, num_heads: int, ends: TargetEnds):
         """Heads without weights yet."""

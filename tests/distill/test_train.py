@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,11 +21,20 @@ from transformers import (
 
 from decode import Target
 from decode.drafters import load_drafter
-from decode.models import CheckpointLM, ScratchLM, TargetLayersLM
+from decode.models import (
+    Blockwise,
+    CheckpointLM,
+    Hydra,
+    Medusa,
+    ScratchLM,
+    TargetLayersLM,
+    load_heads,
+)
 from distill import checkpoint as checkpoints
+from distill.alignment import lm as alignment
 from distill.batches import Example
 from distill.errors import UserError
-from distill.loop import Precision, TrainerSettings
+from distill.loop import Precision, Trainer, TrainerSettings
 from distill.objectives import CrossEntropy, ForwardKL
 from distill.prompts import Prompt
 from distill.target import TargetSettings
@@ -209,3 +220,116 @@ def test_what_does_not_fit_is_refused_in_one_sentence(train, target, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
     with pytest.raises(UserError, match="tokenizer is not the target's"):
         replace(train, drafter=CheckpointLM(path=str(other))).run()
+
+
+HEADS = {
+    "medusa": Medusa(num_heads=3),
+    "medusa, shared": Medusa(num_heads=3, share_head=True),
+    "hydra": Hydra(num_heads=3, num_layers=2),
+    "blockwise": Blockwise(num_heads=3),
+    "blockwise, one at a time": Blockwise(num_heads=3, one_at_a_time=True),
+}
+EACH_HEADS = pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+
+
+@EACH_HEADS
+def test_heads_are_trained_and_draft_in_a_new_process(train, target, settings):
+    rate = replace(train.trainer, learning_rate=0.01, warmup_steps=0, evaluate_every=4)
+    folder = replace(train, drafter=settings, trainer=rate).run()
+    description = json.loads((folder / "draftsmith.json").read_text())
+    assert description["family"] == settings.family
+    last = checkpoints.latest(train.output / "checkpoints")
+    assert last.step == 4
+
+    model = AutoModelForCausalLM.from_pretrained(target)
+    untrained, trained = settings.build(model), settings.build(model)
+    last.restore_model(trained)
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(untrained.parameters(), trained.parameters(), strict=True)
+    ]
+    assert all(changed)
+    best = load_heads(folder, model).state_dict()
+    if description["best_step"] == 4:
+        assert all(torch.equal(best[name], value) for name, value in trained.state_dict().items())
+
+    script = f"""
+import json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from decode import Request, SamplingParams, SpeculativeDecoder, Target
+from decode.drafters import load_drafter
+target = Target(AutoModelForCausalLM.from_pretrained({str(target)!r}))
+tokenizer = AutoTokenizer.from_pretrained({str(target)!r})
+drafter = load_drafter({str(folder)!r}, target=target, draft=3, tokenizer=tokenizer)
+request = Request(id="0", prompt=[3, 4, 5], sampling=SamplingParams(max_new_tokens=20))
+(result,) = SpeculativeDecoder(target, drafter).generate([request])
+print(json.dumps(result.tokens))
+"""
+    there = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    ids = torch.tensor([[3, 4, 5]])
+    own = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=20, pad_token_id=0)  # fmt: skip
+    assert json.loads(there) == own[0, 3:].tolist()
+
+
+@EACH_HEADS
+@pytest.mark.parametrize("objective", [ForwardKL(), CrossEntropy()], ids=["kl", "ce"])
+def test_heads_learn_what_follows(train, settings, objective):
+    """On a few rows, learnt by heart, every depth's loss falls."""
+    rate = replace(
+        train.trainer, learning_rate=0.02, warmup_steps=0, steps=60, evaluate_every=60, log_every=5
+    )
+    replace(train, drafter=settings, objective=objective, trainer=rate, data=Numbers(8, 1)).run()
+    losses = [
+        line["loss"] for line in read_metrics(train.output / "metrics.jsonl") if "loss" in line
+    ]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@EACH_HEADS
+def test_a_killed_training_of_heads_goes_on_to_the_same_bits(
+    train, settings, tmp_path, monkeypatch
+):
+    train = replace(train, drafter=settings, trainer=replace(train.trainer, learning_rate=0.01))
+    whole = replace(train, output=tmp_path / "whole").run()
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 3:
+            raise SystemExit("killed")
+        step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(SystemExit):
+            train.run()
+    assert checkpoints.latest(train.output / "checkpoints").step == 2
+    again = train.run()
+    for name in ("model.safetensors", "draftsmith.json", "config.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    final = [checkpoints.latest(run / "checkpoints").path for run in (train.output, whole.parent)]
+    ours, theirs = ((path / "model.safetensors").read_bytes() for path in final)
+    assert ours == theirs
+
+
+def test_the_target_runs_once_per_batch_of_heads(train, monkeypatch):
+    calls = []
+    forward = alignment.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(alignment, "forward", counted)
+    replace(train, drafter=Medusa()).run()
+    assert len(calls) == train.trainer.steps
+
+
+def test_adapters_are_refused_for_heads(train):
+    with pytest.raises(UserError, match="low-rank adapters are for drafters that are language"):
+        replace(train, drafter=Medusa(), lora=LoraSettings()).run()
+    long = replace(train.trainer, sequence_length=64)
+    with pytest.raises(UserError, match=r"longer than the context of LlamaForCausalLM, 48"):
+        replace(train, drafter=Medusa(), objective=CrossEntropy(), trainer=long).run()
