@@ -33,8 +33,10 @@ def save_heads(heads: Heads, folder: str | Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_heads(folder: str | Path, target: PreTrainedModel) -> Heads:
-    """The heads stored in `folder`, on `target` and in its dtype.
+def load_heads(
+    folder: str | Path, target: PreTrainedModel, *, dtype: torch.dtype | None = None
+) -> Heads:
+    """The heads stored in `folder`, on `target`, by default in its dtype.
 
     Raises:
         ValueError: the folder is half-written or damaged, or the heads are of a target of other
@@ -64,8 +66,7 @@ def load_heads(folder: str | Path, target: PreTrainedModel) -> Heads:
         heads.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not hold these heads: {error}") from error
-    dtype = target.dtype if target.dtype.is_floating_point else torch.float32
-    return heads.to(dtype).eval()
+    return heads.to(dtype or target.dtype).eval()
 
 
 def _named(sizes: dict[str, int]) -> str:
