@@ -7,18 +7,21 @@ of the target per step, and none of another model.
 Shape legend: B sequences, W nodes of one level, D hidden size, V vocabulary.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from decode.draft import Draft
 from decode.drafters.growing import GrowingTree, TreeShape, harvest
+from decode.drafters.prefix import PrefixReader
 from decode.models.heads import Heads
 from decode.protocols import Context, Drafter
 from decode.target import Target
 
 
 class HeadsDrafter(Drafter):
-    """Keeps nothing between steps: all it reads comes with the context."""
+    """Keeps nothing between steps but what a prefix layer has read: the rest is in the context."""
 
     def __init__(self, heads: Heads, *, target: Target, shape: TreeShape):
         """Draft trees of this `shape`, no deeper than there are heads.
@@ -43,17 +46,33 @@ class HeadsDrafter(Drafter):
         self.depth = min(shape.depth, heads.num_heads)
         self.layer: int = config.num_hidden_layers
         self.hidden_layers = (self.layer,)
+        self._reader = None if heads.prefix is None else PrefixReader(heads.prefix, target)
+
+    def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
+        """Let the prefix layer read the prompt's states but the last, which comes with the step."""
+        if self._reader is not None:
+            self._reader.begin(slot, hidden[self.layer])
 
     def propose(self, context: Context) -> Draft:
         """Trees of this shape, cut off where `context.room` ends."""
-        hidden = context.hidden[self.layer][:, -1:]  # [B, 1, D] of the token before the root
+        hidden = context.hidden[self.layer]
         roots = context.roots.to(hidden.device)
         depths = [min(self.depth, max(room, 0)) for room in context.room.tolist()]
         if max(depths) == 0:
             return Draft.chain(roots)
+        if self._reader is None:
+            hidden = hidden[:, -1:]  # [B, 1, D] of the token before the root
+        else:
+            slots, lengths = context.slots.tolist(), context.lengths.tolist()
+            hidden = self._reader.catch_up(slots, lengths, hidden)
         tree = TreeOfHeads(self.heads, self.heads.prepare(hidden), roots)
         draft, _ = harvest(roots, self.shape.grow(tree, depths, context.sampling))
         return draft
+
+    def end(self, slot: int, output: Sequence[int]) -> None:
+        """Forget what the prefix layer has read."""
+        if self._reader is not None:
+            self._reader.cache.release(slot)
 
 
 class TreeOfHeads(GrowingTree):

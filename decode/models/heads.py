@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from decode.models.prefix import PrefixLayer
+
 
 @dataclass(frozen=True, slots=True)
 class TargetEnds:
@@ -65,6 +67,7 @@ class Heads(nn.Module):
         num_heads: depths.
         ends: of the target.
         outputs: vocabulary heads of their own, or None where the target's is used.
+        prefix: a layer over the target's states that comes before all heads, or None.
         one_at_a_time: a training batch trains one head, drawn at random, not all of them.
         reads_tokens: whether a head's prediction depends on the tokens drafted before it.
     """
@@ -79,6 +82,7 @@ class Heads(nn.Module):
         self.num_heads = num_heads
         self.ends = ends
         self.outputs: nn.ModuleList | None = None
+        self.prefix: PrefixLayer | None = None
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """[.., D] states of the target to the [.., P] that every head reads."""

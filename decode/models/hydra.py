@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decode.models.heads import Heads, ResidualBlock, TargetEnds, check_counts, vocabulary_heads
+from decode.models.prefix import PrefixLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +23,19 @@ class Hydra:
     Attributes:
         num_heads: tokens that can be drafted.
         num_layers: of each head.
+        prefix_attention: one more decoder layer over the target's states, which all heads read
+            (Hydra++).
         share_head: all heads use the target's language-model head as it is.
+        seed: of the prefix layer's initial weights; all else begins at zero or as the target's.
     """
 
     family: ClassVar[str] = "hydra"
 
     num_heads: int = 4
     num_layers: int = 1
+    prefix_attention: bool = False
     share_head: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse no heads, or heads of no layers."""
@@ -53,6 +59,8 @@ class HydraHeads(Heads):
         """Layers, and vocabulary heads where they are not shared."""
         super().__init__(settings, settings.num_heads, ends)
         size = ends.hidden_size
+        if settings.prefix_attention:
+            self.prefix = PrefixLayer(size, settings.seed)
         self.layers = nn.ModuleList(
             nn.Sequential(
                 ResidualBlock(size, size * (depth + 1)),

@@ -35,6 +35,8 @@ class HeadsAlignment:
         """
         assert isinstance(drafter, Heads)
         hidden = self._target.states(batch)[self._layer]
+        if drafter.prefix is not None:
+            hidden = drafter.prefix(hidden, batch.attention_mask(), batch.position_ids)
         prepared = drafter.prepare(hidden[:, :-1][batch.loss_mask[:, 1:]])  # [T, P]
         depths = list(range(1, drafter.num_heads + 1))
         if drafter.one_at_a_time:

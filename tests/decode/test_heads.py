@@ -21,6 +21,7 @@ from decode.drafters import (
     MergedTrees,
     PlannedTrees,
     load_drafter,
+    prefix,
 )
 from decode.models import Blockwise, Heads, Hydra, Medusa, load_heads, save_heads
 
@@ -28,6 +29,7 @@ SETTINGS = {
     "medusa": Medusa(num_heads=3),
     "medusa, shared": Medusa(num_heads=3, share_head=True),
     "hydra": Hydra(num_heads=3, num_layers=2),
+    "hydra++": Hydra(num_heads=3, num_layers=2, prefix_attention=True),
     "hydra, shared": Hydra(num_heads=3, share_head=True),
     "blockwise": Blockwise(num_heads=3, hidden_size=24),
 }
@@ -114,9 +116,27 @@ def test_chains_are_the_formulas_on_the_state_before_the_root(settings, tiny, pr
         text = [*asked.prompt, *results[step.request_id].tokens][: step.length]
         with torch.no_grad():
             states = model(torch.tensor([text]), output_hidden_states=True).hidden_states[-1]
+            if heads.prefix is not None:
+                sees = torch.ones(step.length, step.length, dtype=torch.bool).tril()[None, None]
+                states = heads.prefix(states, sees, torch.arange(step.length)[None])
             for depth in range(1, len(step.tokens)):
                 logits = formula(settings, heads, model, states[0, -2], step.tokens[:depth], depth)
                 assert step.tokens[depth] == int(logits.argmax())
+
+
+def test_the_prefix_layer_reads_a_long_prompt_in_parts(tiny, prompt, monkeypatch):
+    model = tiny("llama", vocab_size=SMALL)
+    heads = random_heads(SETTINGS["hydra++"], model)
+    taus = []
+    for chunk in (512, 4):
+        monkeypatch.setattr(prefix, "PREFILL_CHUNK", chunk)
+        target = Target(model, max_batch_size=2)
+        drafter = Chains(length=3).build(heads, target)
+        results = SpeculativeDecoder(target, drafter).generate(
+            requests_of([prompt(n, SMALL) for n in (21, 3, 17)])
+        )
+        taus.append([result.stats.num_accepted_tokens for result in results])
+    assert taus[0] == taus[1]
 
 
 @EACH

@@ -15,6 +15,7 @@ PACKS = [
     [],
 ]
 LENGTH = 13
+PLUS = Hydra(num_layers=2, prefix_attention=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_label_is_the_token_so_many_places_on_in_the_same_example():
 
 
 @pytest.mark.parametrize(
-    "settings", [Medusa(), Medusa(share_head=True), Hydra(num_layers=2), Blockwise()], ids=str
+    "settings", [Medusa(), Medusa(share_head=True), Hydra(num_layers=2), Blockwise(), PLUS], ids=str
 )
 def test_each_depth_reads_the_state_before_the_root_and_the_tokens_since(model, settings):
     """In packs as alone, by the very function that drafts."""
@@ -65,7 +66,12 @@ def test_each_depth_reads_the_state_before_the_root_and_the_tokens_since(model, 
     for example in (example for pack in PACKS for example in pack):
         with torch.no_grad():
             output = model(torch.tensor([example.ids]), output_hidden_states=True)
-        hidden, logits = output.hidden_states[2][0], output.logits[0]
+        hidden, logits = output.hidden_states[2], output.logits[0]
+        if heads.prefix is not None:
+            size = len(example.ids)
+            sees = torch.ones(size, size, dtype=torch.bool).tril()[None, None]
+            hidden = heads.prefix(hidden, sees, torch.arange(size)[None])
+        hidden = hidden[0]
         for root in learnt(example):
             for number, depth in enumerate(aligned.depths, start=1):
                 there = root + number

@@ -226,6 +226,7 @@ HEADS = {
     "medusa": Medusa(num_heads=3),
     "medusa, shared": Medusa(num_heads=3, share_head=True),
     "hydra": Hydra(num_heads=3, num_layers=2),
+    "hydra++": Hydra(num_heads=3, num_layers=2, prefix_attention=True),
     "blockwise": Blockwise(num_heads=3),
     "blockwise, one at a time": Blockwise(num_heads=3, one_at_a_time=True),
 }
