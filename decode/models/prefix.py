@@ -9,7 +9,7 @@ HEAD_SIZE = 64
 
 
 class PrefixLayer(nn.Module):
-    """What heads read then holds more of the text before it (Ankner et al. 2024, section 4.2).
+    """What heads read then holds more of the text before it (Ankner et al. 2024).
 
     One Llama layer, which begins as the identity: what it adds is zero at first.
     """

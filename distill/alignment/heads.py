@@ -29,9 +29,9 @@ class HeadsAlignment:
     def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
         """One depth per head, at the T places that predict learnt tokens.
 
-        Or, where heads are trained one at a time (Stern et al. 2018, section 6: "we select one of
-        the sub-losses uniformly at random"), that of one head. It is drawn from torch's generator,
-        which the loop seeds anew by the step: a resumed run draws the same.
+        Or, where heads are trained one at a time (Stern et al. 2018, section 6), that of one head.
+        It is drawn from torch's generator, which the loop seeds anew by the step: a resumed run
+        draws the same.
         """
         assert isinstance(drafter, Heads)
         hidden = self._target.states(batch)[self._layer]
