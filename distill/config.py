@@ -67,6 +67,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("drafter", "medusa", "decode.models.Medusa"),
     ("drafter", "hydra", "decode.models.Hydra"),
     ("drafter", "blockwise", "decode.models.Blockwise"),
+    ("drafter", "heads_from_checkpoint", "decode.models.HeadsCheckpoint"),
     ("objective", "cross_entropy", "distill.objectives.CrossEntropy"),
     ("objective", "forward_kl", "distill.objectives.ForwardKL"),
     ("objective", "reverse_kl", "distill.objectives.ReverseKL"),

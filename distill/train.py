@@ -2,8 +2,6 @@
 
 import atexit
 import hashlib
-import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -27,18 +25,28 @@ from decode import (
     tokenizer_hash,
 )
 from decode.drafters import Chains
-from decode.models import CheckpointLM
+from decode.models import CheckpointLM, Heads
 from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example
-from distill.checkpoint import fsync
 from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
+from distill.drafter_folder import write_drafter
 from distill.errors import UserError
-from distill.families import FAMILIES, Family, family_of
+from distill.families import FAMILIES, family_of
+from distill.joint import (
+    AdaptedTarget,
+    Anchor,
+    Joint,
+    JointAlignment,
+    JointSettings,
+    drafter_in,
+    moved,
+)
 from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
+from distill.lora import LoraSettings
 from distill.objectives import AdaSPEC, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
-from distill.run_folder import RunFolder, content_hash, describe, environment, write_json
+from distill.run_folder import RunFolder, content_hash, describe, environment
 from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
 from distill.tracking import NoTracker, Tracker
@@ -65,41 +73,6 @@ class TrainingData(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters instead of all weights (Hu et al. 2021), merged when training is done.
-
-    Attributes:
-        rank: of the adapters.
-        alpha: their scale is alpha / rank.
-        dropout: on their input.
-        target_modules: names of layers, or "all-linear".
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-
-    def wrap(self, model: PreTrainedModel) -> Any:
-        """A peft model over `model`, whose layers are replaced in place."""
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise UserError(
-                "LoRA needs peft, which is not installed", None, "pip install peft, or lora=null"
-            ) from error
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-        )
-        with warnings.catch_warnings():  # peft uses a name that transformers deprecates
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, config)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a drafter; the best checkpoint is the one with the best τ on held-out prompts.
 
@@ -116,7 +89,9 @@ class Train:
         num_held_out: how many.
         sampling: how τ is measured on them.
         draft_length: tokens per draft there.
-        lora: train adapters only; for language models from a checkpoint.
+        lora: train adapters only; of a language model from a checkpoint, or, where the drafter is
+            heads, of the target under them, which is then trained with them.
+        joint: how, in that case.
         output: the run folder; the finished drafter is its `drafter/`.
         seed: of data order and dropout.
     """
@@ -133,6 +108,7 @@ class Train:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     draft_length: int = 5
     lora: LoraSettings | None = None
+    joint: JointSettings = field(default_factory=JointSettings)
     output: Path
     seed: int = 0
 
@@ -159,21 +135,14 @@ class Train:
             return finished
 
         torch.manual_seed(self.seed)
-        adapted = self.lora.wrap(drafter) if self.lora else None
-        family = FAMILIES[family_of(drafter)]
-        layers = family.layers(target.model)
-        reads_target = bool(layers) or self.objective.needs_target
-        live = LiveTarget(target.model, layers) if reads_target else None
+        trained, adapted = drafter, None
+        if self.lora and isinstance(drafter, Heads):
+            adapted = self.lora.wrap(target.model)
+            trained = Joint(drafter, adapted)
+        elif self.lora:
+            adapted = self.lora.wrap(drafter)
         trainer = Trainer(
-            Trainee(
-                drafter,
-                family.alignment(drafter, target.model, live, self.objective.block),
-                self.objective,
-                live,
-                self.trainer.precision,
-                depth_weights=self.depth_weights,
-                selection=self._selection(target, accelerator.device),
-            ),
+            self._trainee(trained, target, accelerator.device),
             BatchStream(
                 examples,
                 sequence_length=self.trainer.sequence_length,
@@ -192,14 +161,40 @@ class Train:
         result = trainer.run()
         if accelerator.is_main_process:
             result.best.state()  # refuses a damaged one
-            result.best.restore_model(drafter)
-            model = drafter if adapted is None else adapted.merge_and_unload()
+            result.best.restore_model(trained)
+            merged = None if adapted is None else adapted.merge_and_unload()
             description = self._describe(target, drafter, examples, held_out, result)
-            write_drafter(finished, model, family, target.tokenizer, description)
+            with_target = merged if trained is not drafter else None
+            write_drafter(finished, drafter, target.tokenizer, description, with_target)
             folder.finish({**description["measured"], "best_step": result.best.step})
             print(f"{finished}{_measured(result.figures)}, step {result.best.step:,}")
         accelerator.wait_for_everyone()
         return finished
+
+    def _trainee(self, trained: nn.Module, target: LoadedTarget, device: torch.device) -> Trainee:
+        """Drafter, or heads with their target, and how they are taught."""
+        drafter = drafter_in(trained)
+        family = FAMILIES[family_of(drafter)]
+        layers = family.layers(target.model)
+        live: LiveTarget | None = None
+        anchor = None
+        if isinstance(trained, Joint):
+            live = adapted = AdaptedTarget(trained.target, target.model, layers)
+            anchor = Anchor(adapted, self.joint.heads_weight)
+        elif layers or self.objective.needs_target:
+            live = LiveTarget(target.model, layers)
+        alignment = family.alignment(drafter, target.model, live, self.objective.block)
+        return Trainee(
+            trained,
+            alignment if anchor is None else JointAlignment(alignment),
+            self.objective,
+            live,
+            self.trainer.precision,
+            depth_weights=self.depth_weights,
+            selection=self._selection(target, device),
+            anchor=anchor,
+            slow=None if anchor is None else ("target", self.joint.target_rate),
+        )
 
     def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Example]]:
         """Held-out prompts, and the examples without them."""
@@ -246,11 +241,6 @@ class Train:
                     where,
                     "choose a drafter with the target's tokenizer",
                 )
-        elif self.lora:
-            raise UserError(
-                "low-rank adapters are for drafters that are language models",
-                hint="lora=null: heads are trained whole",
-            )
         models = [drafter] if family.is_lm else []
         if self.objective.needs_target or family.layers(target.model):
             models.append(target.model)
@@ -287,6 +277,8 @@ class Train:
         settings: dict[str, Any] = describe(self)
         for name in ("output", "tracker"):
             del settings[name]
+        if self.lora is None:
+            del settings["joint"]
         for name in INDIFFERENT:
             del settings["trainer"][name]
         return settings | {
@@ -308,7 +300,7 @@ class Train:
 
         def evaluate(model: nn.Module) -> dict[str, float]:
             try:
-                drafter = Chains(length=self.draft_length).build(model, runtime)
+                drafter = Chains(length=self.draft_length).build(drafter_in(model), runtime)
             except ValueError as error:
                 raise UserError(str(error)) from error
             decoder = SpeculativeDecoder(runtime, drafter, tokenizer=target.tokenizer)
@@ -318,7 +310,10 @@ class Train:
                     "the target ends every held-out prompt at once, so τ cannot be measured",
                     hint="choose other prompts, or sampling.ignore_eos=true",
                 )
-            return {"tau": stats.block_efficiency, "alpha": stats.alpha}
+            figures = {"tau": stats.block_efficiency, "alpha": stats.alpha}
+            if isinstance(model, Joint):
+                figures |= moved(model, [prompt.ids for prompt in prompts])
+            return figures
 
         return evaluate
 
@@ -351,37 +346,6 @@ class Train:
             },
             "versions": environment()["versions"],
         }
-
-
-def write_drafter(
-    folder: Path,
-    model: nn.Module,
-    family: Family,
-    tokenizer: PreTrainedTokenizerBase,
-    description: dict[str, Any],
-) -> None:
-    """Write the drafter with tokenizer and draftsmith.json: the folder appears whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        family.save(model, partial)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / "draftsmith.json", description)
-        for path in partial.iterdir():
-            fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        fsync(folder.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the drafter: {error}",
-            folder,
-            "make room and run the same command again; the training itself is kept",
-        ) from error
 
 
 def _accelerator(target: LoadedTarget) -> Accelerator:

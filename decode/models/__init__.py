@@ -2,7 +2,7 @@
 
 from decode.models.blockwise import Blockwise
 from decode.models.heads import Heads
-from decode.models.heads_folder import load_heads, save_heads
+from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
 from decode.models.medusa import Medusa
@@ -11,6 +11,7 @@ __all__ = [
     "Blockwise",
     "CheckpointLM",
     "Heads",
+    "HeadsCheckpoint",
     "Hydra",
     "Medusa",
     "ScratchLM",

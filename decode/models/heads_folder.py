@@ -1,7 +1,7 @@
 """Heads on disk: safetensors, and a config.json that says what they are."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,25 @@ def load_heads(
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not hold these heads: {error}") from error
     return heads.to(dtype or target.dtype).eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsCheckpoint:
+    """Heads that were trained before, to be trained on.
+
+    Attributes:
+        path: their folder.
+    """
+
+    path: str
+
+    def build(self, target: PreTrainedModel) -> Heads:
+        """Load them in float32.
+
+        Raises:
+            ValueError: see `load_heads`.
+        """
+        return load_heads(self.path, target, dtype=torch.float32)
 
 
 def _named(sizes: dict[str, int]) -> str:
