@@ -8,6 +8,7 @@ is a lower bound of the one over all tokens (lumping loses what distinguishes th
 Shape legend: T places, V vocabulary, k stored tokens, O outcomes (V, or k + 1 with the tail last).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,23 @@ class TopLaw:
     ids: Tensor
     logprobs: Tensor
     tail_mass: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> "TopLaw":
+        """What it says about these of the T tokens."""
+        return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
+
+    def to(self, device: torch.device | str) -> "TopLaw":
+        """The same on another device."""
+        return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))
+
+    @staticmethod
+    def cat(laws: Sequence["TopLaw"]) -> "TopLaw":
+        """One behind the other; all have as many tokens."""
+        return TopLaw(
+            torch.cat([law.ids for law in laws]).long(),
+            torch.cat([law.logprobs for law in laws]),
+            torch.cat([law.tail_mass for law in laws]),
+        )
 
 
 TargetLaw = FullLaw | TopLaw

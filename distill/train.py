@@ -28,6 +28,7 @@ from decode import (
 )
 from decode.drafters import LMDrafter
 from decode.models import CheckpointLM
+from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget, LMAlignment
 from distill.batches import BatchStream, Example
 from distill.checkpoint import fsync
@@ -40,6 +41,7 @@ from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.run_folder import RunFolder, content_hash, describe, environment, write_json
 from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
+from distill.teachers.stored import LiveTeacher
 from distill.tracking import NoTracker, Tracker
 
 DRAFTER = "drafter"
@@ -60,6 +62,16 @@ class TrainingData(Protocol):
 
     def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Prompts with their outputs, as ids."""
+        ...
+
+
+class TeacherSettings(Protocol):
+    """Where the target's distribution comes from."""
+
+    def build(
+        self, live: LiveTarget, examples: Sequence[Example], objective: Objective, vocab_size: int
+    ) -> Teacher:
+        """The teacher; UserError where it has nothing to say about these examples."""
         ...
 
 
@@ -106,6 +118,7 @@ class Train:
         target: whose output it learns to predict.
         drafter: where it begins.
         objective: what is minimised.
+        teacher: where the target's distribution comes from, for objectives that ask.
         depth_weights: how much each token of a draft counts, where several are predicted at once.
         data: what it reads.
         trainer: how.
@@ -123,6 +136,7 @@ class Train:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafter: DrafterSettings
     objective: Objective
+    teacher: TeacherSettings = field(default_factory=LiveTeacher)
     depth_weights: DepthWeights = field(default_factory=Uniform)
     data: TrainingData
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -157,6 +171,11 @@ class Train:
                 print(f"{self.output} is finished: {finished}{_measured(summary)}")
             return finished
 
+        live = LiveTarget(target.model)
+        teacher = None
+        if self.objective.needs_target:
+            vocab_size = drafter.config.get_text_config().vocab_size
+            teacher = self.teacher.build(live, examples, self.objective, vocab_size)
         torch.manual_seed(self.seed)
         adapted = self.lora.wrap(drafter) if self.lora else None
         trainer = Trainer(
@@ -164,7 +183,7 @@ class Train:
                 drafter,
                 LMAlignment(drafter, self.objective.block),
                 self.objective,
-                LiveTarget(target.model) if self.objective.needs_target else None,
+                teacher,
                 self.trainer.precision,
                 depth_weights=self.depth_weights,
                 selection=self._selection(target, accelerator.device),
@@ -382,6 +401,9 @@ def _data_hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:  # their order counts: the seed shuffles from there
         digest.update(repr((example.ids, example.loss_mask)).encode())
+        if example.top is not None:
+            for stored in (example.top.ids, example.top.logprobs, example.top.tail_mass):
+                digest.update(stored.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
