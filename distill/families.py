@@ -20,14 +20,16 @@ class Family:
     Attributes:
         is_lm: its drafters are causal LMs on their own, with a vocabulary and a context.
         layers: of the target whose states they read.
-        alignment: what they feed the objective; the live target is there where layers of it are
-            read. The number is how many tokens of a language model are judged together.
+        vocab_size: how many ids they have.
+        alignment: what they feed the objective, given the live target, and how many tokens of a
+            language model are judged together.
         save: write a trained one.
     """
 
     is_lm: bool
     layers: Callable[[PreTrainedModel], tuple[int, ...]]
-    alignment: Callable[[nn.Module, PreTrainedModel, LiveTarget | None, int], Alignment]
+    vocab_size: Callable[[nn.Module], int]
+    alignment: Callable[[nn.Module, LiveTarget, int], Alignment]
     save: Callable[[nn.Module, Path], None]
 
 
@@ -40,16 +42,22 @@ def _last_layer(target: PreTrainedModel) -> tuple[int, ...]:
     return (target.config.get_text_config().num_hidden_layers,)
 
 
-def _align_heads(
-    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget | None, block: int
-) -> Alignment:
-    assert live is not None
-    return HeadsAlignment(live, *_last_layer(target))
+def _heads_vocab_size(drafter: nn.Module) -> int:
+    assert isinstance(drafter, Heads)
+    return drafter.ends.vocab_size
 
 
-def _align_lm(
-    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget | None, block: int
-) -> Alignment:
+def _lm_vocab_size(drafter: nn.Module) -> int:
+    assert isinstance(drafter, PreTrainedModel)
+    return int(drafter.config.get_text_config().vocab_size)
+
+
+def _align_heads(drafter: nn.Module, live: LiveTarget, block: int) -> Alignment:
+    (layer,) = live.layers
+    return HeadsAlignment(live, layer)
+
+
+def _align_lm(drafter: nn.Module, live: LiveTarget, block: int) -> Alignment:
     assert isinstance(drafter, PreTrainedModel)
     return LMAlignment(drafter, block)
 
@@ -64,6 +72,18 @@ def _save_lm(drafter: nn.Module, folder: Path) -> None:
     drafter.save_pretrained(folder)
 
 
-LM = Family(is_lm=True, layers=lambda target: (), alignment=_align_lm, save=_save_lm)
-HEADS = Family(is_lm=False, layers=_last_layer, alignment=_align_heads, save=_save_heads)
+LM = Family(
+    is_lm=True,
+    layers=lambda target: (),
+    vocab_size=_lm_vocab_size,
+    alignment=_align_lm,
+    save=_save_lm,
+)
+HEADS = Family(
+    is_lm=False,
+    layers=_last_layer,
+    vocab_size=_heads_vocab_size,
+    alignment=_align_heads,
+    save=_save_heads,
+)
 FAMILIES = {"lm": LM, "medusa": HEADS, "hydra": HEADS, "blockwise": HEADS}

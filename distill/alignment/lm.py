@@ -77,7 +77,7 @@ class LiveTarget:
         """
         self._model = model.eval()
         self._head = PlainHead.of(model)
-        self._layers = layers
+        self.layers = layers
         self._last: tuple[Batch, Tensor, dict[int, Tensor]] | None = None
 
     @torch.no_grad()
@@ -97,8 +97,8 @@ class LiveTarget:
         """The forward of this very batch, remembered until the next one comes."""
         if self._last is None or self._last[0] is not batch:
             self._last = None  # the old states go before the new ones come
-            output = forward(self._model, self._head, batch, with_hidden=bool(self._layers))
-            hidden = {layer: output.hidden_states[layer] for layer in self._layers}
+            output = forward(self._model, self._head, batch, with_hidden=bool(self.layers))
+            hidden = {layer: output.hidden_states[layer] for layer in self.layers}
             self._last = (batch, _everywhere(output, self._head), hidden)
         return self._last[1:]
 

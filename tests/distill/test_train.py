@@ -33,14 +33,23 @@ from decode.models import (
 )
 from distill import checkpoint as checkpoints
 from distill.alignment import lm as alignment
-from distill.batches import Example
+from distill.batches import Example, SeqKD
 from distill.depth_weights import Decay, Survival, Uniform
 from distill.drafter_folder import check_target
 from distill.errors import UserError
+from distill.generate import Generate
 from distill.loop import Precision, Trainer, TrainerSettings
-from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, LKLambda
+from distill.objectives import (
+    AdaSPEC,
+    CrossEntropy,
+    EndToEndTV,
+    ForwardKL,
+    GreedyAcceptance,
+    LKLambda,
+)
 from distill.prompts import Prompt
 from distill.target import TargetSettings
+from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import LoraSettings, SamplingParams, Train
 
@@ -409,3 +418,40 @@ def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypa
     own = tuned.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                          max_new_tokens=16, pad_token_id=0)  # fmt: skip
     assert result.tokens == own[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("objective", [LKLambda(), EndToEndTV(block=3), GreedyAcceptance()])
+def test_objectives_of_acceptance_train(train, objective):
+    folder = replace(train, objective=objective, depth_weights=Survival()).run()
+    description = json.loads((folder / "draftsmith.json").read_text())
+    assert description["objective"]["type"] == type(objective).__name__
+    told = read_metrics(train.output / "metrics.jsonl")[-2].keys()
+    assert told >= ({"alpha_3", "accepted_length"} if objective.block == 3 else {"alpha"})
+
+
+def test_adaspec_reads_its_reference(train):
+    reference = train.run()
+    objective = AdaSPEC(reference=str(reference))
+    replace(train, objective=objective, output=train.output.parent / "second").run()
+    wrong = AdaSPEC(reference=str(train.output / "nothing"))
+    with pytest.raises(UserError, match="name a trained drafter"):
+        replace(train, objective=wrong, output=train.output.parent / "third").run()
+
+
+def test_rows_with_a_stored_top_teach_without_the_target(train, target, tmp_path):
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True, top_logprobs=4)
+    generate = Generate(
+        target=train.target, prompts=Numbers(12, seed=5), sampling=sampling, output=tmp_path / "g"
+    )
+    data = SeqKD(rows=generate.run())
+    stored = replace(train, data=data, teacher=StoredTeacher())
+    stored.run()
+    told = [line for line in read_metrics(train.output / "metrics.jsonl") if "loss" in line]
+    assert all(0 < line["alpha_lower"] <= line["alpha_upper"] <= 1 for line in told)
+    replace(stored, drafter=Medusa(num_heads=2), output=tmp_path / "heads").run()
+    told = [line for line in read_metrics(tmp_path / "heads/metrics.jsonl") if "loss" in line]
+    assert all(0 < line["alpha_2_lower"] <= line["alpha_2_upper"] <= 1 for line in told)
+    with pytest.raises(UserError, match=r"at temperature 1, not 0\.5"):
+        replace(stored, objective=ForwardKL(temperature=0.5), output=tmp_path / "other").run()
+    with pytest.raises(UserError, match="hold no top-k"):
+        replace(train, teacher=StoredTeacher(), output=tmp_path / "none").run()
