@@ -66,11 +66,18 @@ def prediction_losses(
     chunk_size: int | None = None,
 ) -> list[Tensor]:
     """What each of the T predictions of each depth costs, [T], without gradient."""
-    chunks = _Chunks(aligned).compared(
-        signal, objective.temperature, chunk_size or _chunk_size(aligned)
-    )
-    values = [[objective.divergence(depth)[0] for depth in depths] for _, _, depths in chunks]
-    return [torch.cat(parts) for parts in zip(*values, strict=True)]
+    hidden = aligned.depths[0].states.hidden
+    values = [
+        torch.empty(
+            len(depth.labels), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device
+        )
+        for depth in aligned.depths
+    ]
+    size = chunk_size or _chunk_size(aligned)
+    for chunk, _, depths in _Chunks(aligned).compared(signal, objective.temperature, size):
+        for value, compared in zip(values, depths, strict=True):
+            value[chunk] = objective.divergence(compared)[0]
+    return values
 
 
 class _Chunks:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from distill.alignment.lm import LiveTarget, LMAlignment
 from distill.batches import BatchStream, Example
@@ -52,8 +53,9 @@ TRL = ("forward_kl", "forward_kl_defaults", "jsd")
 Figures = dict[str, float]
 
 
-def prepare(folder: Path, steps: int) -> None:
+def prepare(folder: Path, _: str, steps: int) -> Figures:
     """Write models, token ids [N, LENGTH], and the teacher's likeliest tokens at each of them."""
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "distill" / "embedded_target")
     tokenizer.chat_template = TEMPLATE
@@ -87,6 +89,7 @@ def prepare(folder: Path, steps: int) -> None:
             logprobs, top = teacher(row[None]).logits[0].log_softmax(-1)[:-1].topk(TOP)
             tops.append(TopLaw(top.int(), logprobs, 1 - logprobs.exp().sum(-1)))
     torch.save([(top.ids, top.logprobs, top.tail_mass) for top in tops], folder / "top.pt")
+    return {}
 
 
 def ours(folder: Path, mode: str, steps: int) -> Figures:
@@ -169,16 +172,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         torch.set_num_threads(1)
-        print(json.dumps(ours(Path(arguments.one[0]), arguments.one[1], arguments.steps)))
+        folder, mode = Path(arguments.one[0]), arguments.one[1]
+        print(json.dumps((prepare if mode == "prepare" else ours)(folder, mode, arguments.steps)))
         return
     runs: dict[str, list[Figures]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, arguments.steps)
         steps = str(arguments.steps)
+        own = {mode: [__file__, "--one", name, mode, "--steps", steps] for mode in OURS}
+        # Also in a process of its own: Linux counts a parent's peak memory as its children's.
+        timed(sys.executable, [__file__, "--one", name, "prepare", "--steps", steps])
         for _ in range(arguments.rounds):
-            for mode in OURS:
-                call = [__file__, "--one", name, mode, "--steps", steps]
+            for mode, call in own.items():
                 runs.setdefault(mode, []).append(timed(sys.executable, call))
             for mode in TRL if arguments.trl_python else ():
                 call = [str(ROOT / "scripts" / "trl_baseline.py"), name, mode, steps]
