@@ -236,7 +236,11 @@ class SpeculativeDecoder:
             lengths=self._column(lengths),
             room=self._column(rooms),
             hidden={
-                layer: pad_sequence([s.hidden[layer] for s in batch.sequences], batch_first=True)
+                layer: pad_sequence(
+                    [s.hidden[layer] for s in batch.sequences],
+                    batch_first=True,
+                    padding_side="left",
+                )
                 for layer in self.drafter.hidden_layers
             },
             sampling=batch.sampling,

@@ -28,8 +28,9 @@ class Context:
         tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1].
         lengths: [B] committed tokens.
         room: [B] draft tokens that still fit (context and output length).
-        hidden: target layer -> [B, K, D], the states of the tokens committed in the last step, for
-            the layers the drafter asked for.
+        hidden: target layer -> [B, K, D], the states of the tokens committed in the last step but
+            the root's own, which are not known yet, for the layers the drafter asked for. They are
+            right-aligned: the last column holds those of the token before the root.
         sampling: parameters and generator of each sequence.
     """
 

@@ -2,229 +2,241 @@
 
 Logits are the largest tensor of a training step: 8,192 tokens x 128,000 tokens of vocabulary are
 4 GB in float32, and a divergence makes several of them. Here they live one chunk at a time: the
-forward projects a chunk, judges it, forms the gradient of its logits and folds that into the
-gradients of the hidden states and of the weights; the backward only scales these.
+forward projects a chunk at all depths, judges it, forms the gradients of its logits and folds them
+into the gradients of the hidden states and of the weights; the backward only scales these.
 
-Shape legend: T tokens to be predicted, D hidden size, V vocabulary.
+Shape legend: T places, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from distill.objectives import LossTerms, Objective
+from distill.alignment import Aligned, Depth, TeacherSignal
+from distill.depth_weights import DepthWeights, Uniform
+from distill.judging import judged
+from distill.laws import Compared, TargetLaw, point_mass
+from distill.objectives import LossTerms, Objective, Pointwise
+from distill.states import Head, at_least_float32, compute_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}  # logits per chunk: what a core's cache holds
 CHUNK_ELEMENTS_ACCELERATOR = 2**27  # 512 MB in float32
-
-TargetLogits = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """From the last hidden states to logits: ``softcap·tanh((h Wᵀ + b) / softcap)``.
-
-    Attributes:
-        weight: [V, D], or None where the states are logits already.
-        bias: [V] or None.
-        softcap: of Gemma 2; None for none.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None = None
-    softcap: float | None = None
-
-    def detach(self, dtype: torch.dtype) -> "Head":
-        """The same projection without gradients, its matrices in `dtype`."""
-        weight, bias = (
-            None if parameter is None else parameter.detach().to(dtype)
-            for parameter in (self.weight, self.bias)
-        )
-        return Head(weight, bias, self.softcap)
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """[T, D] -> [T, V], the cap not applied yet."""
-        if self.weight is None:
-            return hidden
-        return functional.linear(hidden, self.weight, self.bias)
-
-    def cap(self, projected: Tensor) -> Tensor:
-        """[T, V] -> [T, V]: logits."""
-        if self.softcap is None:
-            return projected
-        return self.softcap * torch.tanh(projected / self.softcap)
-
-
-@dataclass(frozen=True, slots=True)
-class States:
-    """Hidden states, and the head that makes logits of them in any slice.
-
-    Attributes:
-        hidden: [T, D].
-        head: the projection.
-    """
-
-    hidden: Tensor
-    head: Head
-
-    def logits(self, begin: int, end: int) -> Tensor:
-        """[end - begin, V] float32, or float64 where the states are, without gradient."""
-        with torch.no_grad():
-            dtype = compute_dtype(self.hidden)
-            head = self.head.detach(dtype)
-            with torch.autocast(self.hidden.device.type, enabled=False):
-                return head.cap(at_least_float32(head.project(self.hidden[begin:end].to(dtype))))
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype that matrix products take here: autocast's where it is on, else the states'."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened."""
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+EVERYWHERE = Uniform()
 
 
 def projected_loss(
-    states: States,
-    labels: Tensor,
-    target_logits: TargetLogits | None,
+    aligned: Aligned,
+    signal: TeacherSignal | None,
     objective: Objective,
     *,
+    depth_weights: DepthWeights = EVERYWHERE,
     chunk_size: int | None = None,
 ) -> LossTerms:
-    """The objective's sums over all T tokens; `loss` carries the gradient, the rest does not.
-
-    Where drafter and target are padded to different vocabularies, ids that only one of them has
-    stand for no token and are left out.
+    """The objective's sums over all T places; `loss` carries the gradient, the rest does not.
 
     Args:
-        states: the drafter's.
-        labels: [T] token ids.
-        target_logits: (begin, end) -> the target's logits [end - begin, V] of those tokens.
+        aligned: what the drafter predicts from which states.
+        signal: what the target says; None where the objective does not ask.
         objective: what is minimised.
-        chunk_size: tokens per chunk; by default what suits the device.
+        depth_weights: how much each depth counts.
+        chunk_size: places per chunk; by default what suits the device.
     """
-    head = states.head
-    inputs = (states.hidden, head.weight, head.bias)
-    if torch.is_grad_enabled():
-        wanted = [tensor is not None and tensor.requires_grad for tensor in inputs]
-    else:
-        wanted = [False, False, False]
-    terms, gradients = _in_chunks(
-        states, labels, target_logits, objective, chunk_size or _chunk_size(states), wanted
-    )
-    if not any(wanted):
+    if signal is None and objective.needs_target:
+        raise ValueError(f"{type(objective).__name__} needs the target's logits; give it a teacher")
+    chunks = _Chunks(aligned)
+    signal = signal if objective.needs_target else None
+    terms = chunks.run(signal, objective, depth_weights, chunk_size or _chunk_size(aligned))
+    if not chunks.gradients:
         return terms
-    loss = cast(Any, _WithGradients).apply(terms.loss, *inputs, *gradients)
+    wanted = list(chunks.gradients.values())
+    tensors, gradients = zip(*wanted, strict=True)
+    loss = cast(Any, _WithGradients).apply(terms.loss, *tensors, *gradients)
     return LossTerms(loss, terms.num_tokens, terms.metrics)
 
 
 @torch.no_grad()
-def _in_chunks(
-    states: States,
-    labels: Tensor,
-    target_logits: TargetLogits | None,
-    objective: Objective,
-    chunk_size: int,
-    wanted: list[bool],
-) -> tuple[LossTerms, list[Tensor | None]]:
-    """The summed terms, and the gradients of hidden states, weight and bias that are wanted."""
-    dtype = compute_dtype(states.hidden)
-    hidden, head = states.hidden.detach().to(dtype), states.head.detach(dtype)
-    inputs = (states.hidden, states.head.weight, states.head.bias)
-    gradients = [
-        torch.zeros_like(tensor) if tensor is not None and is_wanted else None
-        for tensor, is_wanted in zip(inputs, wanted, strict=True)
-    ]
-    parts = []
-    # No tokens at all make one empty chunk: the terms are zeros then, under their usual names.
-    for begin in range(0, max(len(labels), 1), chunk_size):
-        end = min(begin + chunk_size, len(labels))
-        target = None if target_logits is None else target_logits(begin, end)
-        with torch.autocast(hidden.device.type, enabled=False):
-            projected = at_least_float32(head.project(hidden[begin:end]))
-            with torch.enable_grad():
-                projected.requires_grad_(any(wanted))
-                logits = head.cap(projected)
-                if target is not None:
-                    width = min(logits.shape[-1], target.shape[-1])
-                    logits, target = logits[:, :width], target[:, :width]
-                terms = objective(logits, labels[begin:end], target)
-            if any(wanted):
-                (gradient,) = torch.autograd.grad(terms.loss, projected)
-                _fold(gradient.to(dtype), hidden[begin:end], head, gradients, begin)
-        parts.append(LossTerms(terms.loss.detach(), terms.num_tokens, terms.metrics))
-    return _sum(parts), gradients
-
-
-def _fold(
-    gradient: Tensor, hidden: Tensor, head: Head, gradients: list[Tensor | None], begin: int
-) -> None:
-    """Add what the gradient [t, V] of a chunk's projections means for the projection's inputs."""
-    of_hidden, of_weight, of_bias = gradients
-    if of_hidden is not None:
-        of_hidden[begin : begin + len(hidden)] = (
-            gradient if head.weight is None else gradient @ head.weight
+def prediction_losses(
+    aligned: Aligned,
+    signal: TeacherSignal,
+    objective: Pointwise,
+    *,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """What each of the T predictions of each depth costs, [T], without gradient."""
+    hidden = aligned.depths[0].states.hidden
+    values = [
+        torch.empty(
+            len(depth.labels), dtype=at_least_float32(hidden[:0]).dtype, device=hidden.device
         )
-    if of_weight is not None:
-        of_weight += gradient.T @ hidden
-    if of_bias is not None:
-        of_bias += gradient.sum(0)
+        for depth in aligned.depths
+    ]
+    size = chunk_size or _chunk_size(aligned)
+    for chunk, _, depths in _Chunks(aligned).compared(signal, objective.temperature, size):
+        for value, compared in zip(values, depths, strict=True):
+            value[chunk] = objective.divergence(compared)[0]
+    return values
 
 
-def _sum(parts: list[LossTerms]) -> LossTerms:
-    def total(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).sum(0)
+class _Chunks:
+    """One pass over a batch, and the gradients that it leaves."""
 
-    return LossTerms(
-        total(part.loss for part in parts),
-        total(part.num_tokens for part in parts),
-        {
-            name: (
-                total(part.metrics[name][0] for part in parts),
-                total(part.metrics[name][1] for part in parts),
+    def __init__(self, aligned: Aligned):
+        """Nothing is judged yet."""
+        self.depths = aligned.depths
+        self.device = self.depths[0].states.hidden.device.type
+        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # id -> tensor, its gradient
+        self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._plain = [self._without_gradient(depth) for depth in self.depths]
+        for depth in self.depths:
+            head = depth.states.head
+            for tensor in (depth.states.hidden, head.weight, head.bias):
+                if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                    # Depths may share a tensor: then they share its gradient too.
+                    self.gradients.setdefault(id(tensor), (tensor, torch.zeros_like(tensor)))
+
+    @torch.no_grad()
+    def run(
+        self,
+        signal: TeacherSignal | None,
+        objective: Objective,
+        depth_weights: DepthWeights,
+        chunk_size: int,
+    ) -> LossTerms:
+        """The summed terms; the gradients are there afterwards."""
+        total: LossTerms | None = None
+        for chunk, logits, compared in self.compared(signal, objective.temperature, chunk_size):
+            terms, slopes = judged(
+                objective,
+                depth_weights,
+                compared,
+                [depth.labels[chunk] for depth in self.depths],
+                [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
             )
-            for name in parts[0].metrics
-        },
+            total = terms if total is None else _add(total, terms)
+            if self.gradients:
+                for number, slope in enumerate(slopes):
+                    gradient = compared[number].logit_gradient(slope)
+                    self._fold(gradient, logits[number], number, chunk)
+        assert total is not None
+        return total
+
+    def compared(
+        self, signal: TeacherSignal | None, temperature: float, chunk_size: int
+    ) -> Iterator[tuple[slice, list[Tensor], list[Compared]]]:
+        """Chunk by chunk: its places, and at every depth the logits and what the target says.
+
+        No places at all make one empty chunk: the terms are zeros then, under their usual names.
+        """
+        places = len(self.depths[0].labels)
+        for begin in range(0, max(places, 1), chunk_size):
+            chunk = slice(begin, min(begin + chunk_size, places))
+            laws = [_law(signal, depth, chunk) for depth in self.depths]
+            with torch.autocast(self.device, enabled=False):
+                logits = [
+                    head.cap(at_least_float32(head.project(hidden[chunk])))
+                    for hidden, head in self._plain
+                ]
+                yield (
+                    chunk,
+                    logits,
+                    [
+                        Compared.at(law, drafted, temperature)
+                        for law, drafted in zip(laws, logits, strict=True)
+                    ],
+                )
+
+    def _without_gradient(self, depth: Depth) -> tuple[Tensor, Head]:
+        """States and head without gradient, in the dtype of the products."""
+        states = depth.states
+        dtype = compute_dtype(states.hidden)
+        head = states.head
+        weight, bias = self._in(head.weight, dtype), self._in(head.bias, dtype)
+        hidden = self._in(states.hidden, dtype)
+        assert hidden is not None
+        return hidden, Head(weight, bias, head.softcap)
+
+    def _in(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Cast once, however many depths share it."""
+        if tensor is None:
+            return None
+        key = (id(tensor), dtype)
+        if key not in self._cast:
+            self._cast[key] = tensor.detach().to(dtype)
+        return self._cast[key]
+
+    def _fold(self, gradient: Tensor, logits: Tensor, number: int, chunk: slice) -> None:
+        """Add what the gradient [t, v] of a chunk's logits [t, V] means for what they came from.
+
+        The first v ids of the vocabulary have one; the rest stand for no token of the target.
+        """
+        width, states = gradient.shape[-1], self.depths[number].states
+        hidden, head = self._plain[number]
+        gradient, hidden = head.uncap(gradient, logits[:, :width]).to(hidden.dtype), hidden[chunk]
+        if (found := self.gradients.get(id(states.hidden))) is not None:
+            if head.weight is None:
+                found[1][chunk, :width] += gradient
+            else:
+                found[1][chunk] += gradient @ head.weight[:width]
+        if (found := self.gradients.get(id(states.head.weight))) is not None:
+            _add_product(found[1][:width], gradient.T, hidden)
+        if (found := self.gradients.get(id(states.head.bias))) is not None:
+            found[1][:width] += gradient.sum(0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Total += left @ right, the sum in the precision of the total."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _law(signal: TeacherSignal | None, depth: Depth, chunk: slice) -> TargetLaw:
+    """What the target says about a chunk's labels; without it, that they are certain."""
+    if signal is None:
+        return point_mass(depth.labels[chunk])
+    return signal.law(chunk if depth.rows is None else depth.rows[chunk])
+
+
+def _add(total: LossTerms, terms: LossTerms) -> LossTerms:
+    """The sum, in the place of `total`.
+
+    A list of the chunks' small results would hold on to the heap between the chunks' large
+    tensors, and the C library then finds no room for the next ones: gigabytes at 500 chunks.
+    """
+    total.loss.add_(terms.loss)
+    total.num_tokens.add_(terms.num_tokens)
+    for name, pair in terms.metrics.items():
+        for kept, new in zip(total.metrics[name], pair, strict=True):
+            kept.add_(new)
+    return total
+
+
+def _chunk_size(aligned: Aligned) -> int:
+    """Places whose logits of all depths fit the chunk."""
+    elements = CHUNK_ELEMENTS.get(
+        aligned.depths[0].states.hidden.device.type, CHUNK_ELEMENTS_ACCELERATOR
     )
-
-
-def _chunk_size(states: States) -> int:
-    elements = CHUNK_ELEMENTS.get(states.hidden.device.type, CHUNK_ELEMENTS_ACCELERATOR)
-    weight = states.head.weight
-    vocab_size = states.hidden.shape[1] if weight is None else weight.shape[0]
-    return max(elements // vocab_size, 16)
+    per_place = 0
+    for depth in aligned.depths:
+        weight = depth.states.head.weight
+        per_place += depth.states.hidden.shape[1] if weight is None else weight.shape[0]
+    return max(elements // per_place, 16)
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients by n tensors are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        loss: Tensor,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        of_hidden: Tensor | None,
-        of_weight: Tensor | None,
-        of_bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+    def forward(ctx: Any, loss: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if known is None else known * scale for known in ctx.saved_tensors)
-        return (None, *scaled, None, None, None)
+        known = ctx.saved_tensors
+        return (None, *(gradient * scale for gradient in known), *(None for _ in known))

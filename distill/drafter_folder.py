@@ -1,13 +1,20 @@
-"""Finding a trained drafter on disk, and checking that it belongs to the target at hand."""
+"""A trained drafter on disk: writing and finding it, and whether it belongs to a target."""
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from decode import tokenizer_hash
+from distill.checkpoint import fsync
 from distill.errors import UserError
-from distill.target import LoadedTarget
+from distill.families import FAMILIES, family_of
+from distill.run_folder import write_json
+from distill.target import LoadedTarget, fingerprint
 
 DESCRIPTION = "draftsmith.json"
 
@@ -93,3 +100,44 @@ def weights_hash(folder: Path) -> str | None:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16] if files else None
+
+
+def write_drafter(
+    folder: Path,
+    drafter: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    description: dict[str, Any],
+    target: PreTrainedModel | None = None,
+) -> None:
+    """Write the drafter with tokenizer and draftsmith.json: the folder appears whole or not at all.
+
+    A `target` that was trained with it is written into the folder too: it is the one it belongs to.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        FAMILIES[family_of(drafter)].save(drafter, partial)
+        if target is not None:
+            target.save_pretrained(partial / "target")
+            tokenizer.save_pretrained(partial / "target")
+            description = description | {
+                "trained_from": description["target"],
+                "target": str(folder / "target"),
+                "target_fingerprint": fingerprint(target),
+            }
+        tokenizer.save_pretrained(partial)
+        write_json(partial / DESCRIPTION, description)
+        for path in partial.rglob("*"):
+            fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        fsync(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the drafter: {error}",
+            folder,
+            "make room and run the same command again; the training itself is kept",
+        ) from error

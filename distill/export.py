@@ -1,8 +1,11 @@
-"""`draftsmith export`: a trained drafter becomes a plain transformers directory."""
+"""`draftsmith export`: a trained drafter becomes a plain transformers directory.
+
+Heads, which are nothing without their target, become a directory of their own form.
+"""
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from decode.models import load_heads, save_heads
 from distill.config import command
 from distill.drafter_folder import DESCRIPTION, check_target, find_drafter, read_description
 from distill.errors import UserError
-from distill.exporters.gate import check_reload, padded_mass
+from distill.exporters.gate import check_heads, check_reload, padded_mass
 from distill.exporters.model_card import model_card
 from distill.exporters.vocabulary import match_vocabulary
+from distill.families import FAMILIES
 from distill.prompts import PromptSettings, StandardLibraryPrompts
 from distill.run_folder import write_json, write_text
 from distill.target import Dtype, LoadedTarget, TargetSettings, first_line
@@ -56,6 +61,17 @@ class Export:
         target = self.target.load()
         description = read_description(source)
         check_target(description, source, target)
+        family = description.get("family", "lm")
+        if family not in FAMILIES:
+            raise UserError(f"drafters of the family {family!r} are not known here", source)
+        export = self._language_model if FAMILIES[family].is_lm else self._heads
+        checked = export(source, target, description)
+        print(f"exported to {self.output}: {checked}")
+        return self.output
+
+    def _language_model(
+        self, source: str, target: LoadedTarget, description: dict[str, Any]
+    ) -> str:
         model = _load(source, self.dtype).to(target.model.device)
         target_size = target.model.config.get_text_config().vocab_size
         match_vocabulary(model, target_size)
@@ -68,37 +84,61 @@ class Export:
                 source,
                 "train it on more of the target's output first",
             )
-        description |= {
-            "family": "lm",
+        self._write(
+            target,
+            description | {"family": "lm"} | self._facts(target, model.parameters()),
+            save=model.save_pretrained,
+            check=lambda folder: check_reload(model, folder, prompts),
+        )
+        return f"logits equal after reload on {len(prompts)} prompts"
+
+    def _heads(self, source: str, target: LoadedTarget, description: dict[str, Any]) -> str:
+        dtype = torch.float32 if self.dtype is Dtype.auto else getattr(torch, self.dtype.value)
+        try:
+            heads = load_heads(source, target.model, dtype=dtype)
+        except ValueError as error:
+            raise UserError(first_line(error), source) from error
+        self._write(
+            target,
+            description | self._facts(target, heads.parameters()),
+            save=lambda folder: save_heads(heads, folder),
+            check=lambda folder: check_heads(heads, folder, target.model),
+        )
+        return "weights equal after reload"
+
+    def _facts(
+        self, target: LoadedTarget, parameters: Iterable[torch.nn.Parameter]
+    ) -> dict[str, Any]:
+        """What the description says of an exported drafter."""
+        parameters = list(parameters)
+        return {
             "target": target.path,
             "target_fingerprint": target.fingerprint,
             "export": {
                 "name": self.output.name,
-                "vocab_size": target_size,
-                "parameters": model.num_parameters(),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "vocab_size": target.model.config.get_text_config().vocab_size,
+                "parameters": sum(parameter.numel() for parameter in parameters),
+                "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 "draft_length": self.draft_length,
             },
         }
-        self._write(model, target, description, prompts)
-        print(f"exported to {self.output}: logits equal after reload on {len(prompts)} prompts")
-        return self.output
 
     def _write(
         self,
-        model: PreTrainedModel,
         target: LoadedTarget,
         description: dict[str, Any],
-        prompts: list[list[int]],
+        *,
+        save: Callable[[Path], Any],
+        check: Callable[[Path], Any],
     ) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         partial = self.output.with_name(f".{self.output.name}.{os.getpid()}.partial")
         try:
-            model.save_pretrained(partial)
+            save(partial)
             target.tokenizer.save_pretrained(partial)
             write_json(partial / DESCRIPTION, description)
             write_card(partial, measured_in_training(description))
-            check_reload(model, partial, prompts)
+            check(partial)
             # hydra has put its record of the run into the output folder before us
             self.output.mkdir(exist_ok=True)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):

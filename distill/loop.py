@@ -28,10 +28,13 @@ from distill.alignment import Alignment, Teacher
 from distill.batches import Batch, BatchStream
 from distill.checkpoint import Checkpoint
 from distill.chunked import projected_loss
+from distill.depth_weights import DepthWeights, Uniform
 from distill.errors import UserError
 from distill.interrupts import interrupts
+from distill.joint import Anchor
 from distill.objectives import LossTerms, Objective
 from distill.progress import Progress
+from distill.selection import TokenSelection
 from distill.tracking import MetricsFile, TrackerRun
 from distill.window import Window
 
@@ -155,8 +158,25 @@ class Trainee(nn.Module):
         objective: Objective,
         teacher: Teacher | None,
         precision: Precision,
+        *,
+        depth_weights: DepthWeights | None = None,
+        selection: TokenSelection | None = None,
+        anchor: Anchor | None = None,
+        slow: tuple[str, float] | None = None,
     ):
-        """Only the drafter is trained; the teacher is no part of the module."""
+        """Only the drafter is trained; the teacher is no part of the module.
+
+        Args:
+            drafter: what is trained.
+            alignment: what it predicts from which states.
+            objective: what is minimised.
+            teacher: needed by objectives that ask what the target says.
+            precision: of the products.
+            depth_weights: how much each depth counts; by default all the same.
+            selection: of the tokens that are learnt; by default all.
+            anchor: holds a target that is trained with its heads.
+            slow: the name of a part of the drafter, and the share of the learning rate it gets.
+        """
         super().__init__()
         if objective.needs_target and teacher is None:
             raise ValueError(f"{type(objective).__name__} needs a teacher")
@@ -165,6 +185,10 @@ class Trainee(nn.Module):
         self.objective = objective
         self.teacher = teacher if objective.needs_target else None
         self.precision = precision
+        self.depth_weights = depth_weights or Uniform()
+        self.selection = selection
+        self.anchor = anchor
+        self.slow = slow
 
     def forward(self, batch: Batch) -> LossTerms:
         """The sums over the batch."""
@@ -172,8 +196,12 @@ class Trainee(nn.Module):
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_half):
             signal = None if self.teacher is None else self.teacher.signal(batch)
             aligned = self.alignment.align(self.drafter, batch)
-            logits = None if signal is None else signal.logits
-            return projected_loss(aligned.states, aligned.labels, logits, self.objective)
+            if self.selection is not None and signal is not None:
+                aligned = self.selection.select(aligned, batch, signal)
+            terms = projected_loss(
+                aligned, signal, self.objective, depth_weights=self.depth_weights
+            )
+            return terms if self.anchor is None else self.anchor.added(terms, batch)
 
 
 class Trainer:
@@ -290,7 +318,7 @@ class Trainer:
         torch.manual_seed(hash((self.seed, self.step, rank)))
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step)
+            group["lr"] = settings.learning_rate_at(self.step) * group["share"]
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
@@ -408,15 +436,18 @@ def part(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def _optimizer(trainee: nn.Module, settings: TrainerSettings) -> AdamW:
-    parameters = [p for p in trainee.parameters() if p.requires_grad]
+def _optimizer(trainee: Trainee, settings: TrainerSettings) -> AdamW:
+    name, share = trainee.slow or ("", 1.0)
+    parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for path, parameter in trainee.drafter.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            key = share if path.startswith(f"{name}.") else 1.0, decay
+            parts.setdefault(key, []).append(parameter)
     return AdamW(
         [
-            {
-                "params": [p for p in parameters if p.ndim >= 2],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": decay, "share": share}
+            for (share, decay), parameters in parts.items()
         ],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),

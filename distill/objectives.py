@@ -1,27 +1,30 @@
-"""What is minimised: a divergence per token, summed; and what is told about it meanwhile.
+"""What is minimised: a divergence per prediction, summed; and what is told about it meanwhile.
 
-An objective is called on chunks of the places where a token is to be predicted. It returns sums
-and counts; the loop divides once, by the number of tokens of the whole batch over all processes.
+An objective is called on chunks of the places where tokens are to be predicted, all depths of the
+draft together. What comes out are sums and counts; the loop divides once, by the number of learnt
+tokens of the whole batch over all processes.
+
+Shape legend: K depths of a draft, T places, O outcomes (all tokens, or a stored top-k and a tail).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from distill.divergences import forward_kl
+from distill import divergences
+from distill.laws import Compared
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over tokens.
+    """Sums over predictions.
 
     Attributes:
-        loss: scalar, summed over the tokens.
-        num_tokens: how many tokens that were, scalar.
+        loss: scalar, summed over the predictions.
+        num_tokens: how many predictions that were, scalar.
         metrics: name -> (sum, count), scalars without gradient.
     """
 
@@ -34,22 +37,63 @@ class Objective(Protocol):
     """What training minimises.
 
     Attributes:
-        needs_target: the target's own logits are read, so it must run beside the drafter.
+        needs_target: it asks what the target says, not only which token the data has.
     """
 
     needs_target: ClassVar[bool]
 
-    def __call__(
-        self, draft_logits: Tensor, labels: Tensor, target_logits: Tensor | None
-    ) -> LossTerms:
+    @property
+    def temperature(self) -> float:
+        """The serving temperature at which drafter and target are compared."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """How many consecutive tokens an independent model's places predict together."""
+        ...
+
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Judge the drafter's predictions.
 
         Args:
-            draft_logits: [T, V] float32.
-            labels: [T] the tokens that follow in the data.
-            target_logits: [T, V], or None where the objective needs none.
+            depths: K of T places each.
+            weights: [K, T]; 0 where there is nothing to predict.
+
+        Returns:
+            The weighted sum, and its derivatives [T, O] by each depth's log-probabilities.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise:
+    """Sums a divergence over all predictions, each weighted as its depth is.
+
+    Attributes:
+        temperature: the serving temperature, at which drafter and target are compared.
+    """
+
+    temperature: float = 1.0
+
+    needs_target: ClassVar[bool] = True
+    block: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no server samples at."""
+        _check(temperature=(self.temperature, self.temperature > 0, "> 0"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """The value [T] and its derivative [T, O] by the drafter's log-probabilities."""
+        raise NotImplementedError
+
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Σ w D, and its derivatives."""
+        values, slopes = [], []
+        for compared, weight in zip(depths, weights, strict=True):
+            value, slope = self.divergence(compared)
+            values.append((value * weight).sum())
+            slopes.append(slope.mul_(weight[:, None]))
+        return torch.stack(values).sum(), slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,46 +105,218 @@ class CrossEntropy:
     """
 
     needs_target: ClassVar[bool] = False
+    temperature: ClassVar[float] = 1.0
+    block: ClassVar[int] = 1
 
-    def __call__(
-        self, draft_logits: Tensor, labels: Tensor, target_logits: Tensor | None
-    ) -> LossTerms:
-        """Sum of -log q(label)."""
-        count = draft_logits.new_tensor(len(labels))
-        hits = (draft_logits.detach().argmax(-1) == labels).sum()
-        loss = functional.cross_entropy(draft_logits, labels, reduction="sum")
-        return LossTerms(loss, count, {"accuracy": (hits, count)})
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """-Σ w log q(label): the forward KL from the labels' point masses."""
+        return ForwardKL().judge(depths, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardKL:
-    """KL from the target's distribution to the drafter's.
+class ForwardKL(Pointwise):
+    """KL(p || q) from the target to the drafter (Hinton et al. 2015; DistillSpec)."""
 
-    `alpha` is the acceptance rate it implies at temperature 1, Σ min(p, q) (Leviathan et al. 2023,
-    theorem 3.5); `top1_agreement` the one at temperature 0.
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(p || q)."""
+        return divergences.forward_kl(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL(Pointwise):
+    """KL(q || p) from the drafter to the target (MiniLLM; DistillSpec)."""
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(q || p)."""
+        return divergences.reverse_kl(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JensenShannon(Pointwise):
+    """The generalised Jensen-Shannon divergence (GKD, Agarwal et al. 2023, section 2).
 
     Attributes:
-        temperature: softens both distributions (Hinton et al. 2015).
+        beta: the target's share of the mixture: near 0 like forward KL, near 1 like reverse KL.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(beta=(self.beta, 0 < self.beta < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """JSD(β)."""
+        return divergences.jensen_shannon(compared.target, compared.draft, self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewedForwardKL(Pointwise):
+    """KL(p || λ p + (1 - λ) q) (DistiLLM, Ko et al. 2024, section 3.1).
+
+    Attributes:
+        skew: λ, the share of the other side that is mixed in.
+    """
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(skew=(self.skew, 0 < self.skew < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(p || m)."""
+        return divergences.skewed_forward_kl(compared.target, compared.draft, self.skew)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewedReverseKL(Pointwise):
+    """KL(q || (1 - λ) p + λ q) (DistiLLM, Ko et al. 2024, section 3.1).
+
+    Attributes:
+        skew: λ, the share of the own side that is mixed in.
+    """
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse mixtures of one side only."""
+        Pointwise.__post_init__(self)
+        _check(skew=(self.skew, 0 < self.skew < 1, "between 0 and 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """KL(q || m)."""
+        return divergences.skewed_reverse_kl(compared.target, compared.draft, self.skew)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Pointwise):
+    """1 - α, the share of sampled drafts that is rejected; for drafters that agree already."""
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """½ Σ |p - q|."""
+        return divergences.total_variation(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LKAlpha(Pointwise):
+    """-log α: the acceptance rate itself, with a gradient that starts from scratch (LK losses)."""
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """-log Σ min(p, q)."""
+        return divergences.lk_alpha(compared.target, compared.draft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LKLambda(Pointwise):
+    """From forward KL to total variation, token by token, as they agree (LK losses).
+
+    Attributes:
+        eta: how soon: forward KL's share is exp(-η α).
+    """
+
+    eta: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Refuse a share that grows with the agreement."""
+        Pointwise.__post_init__(self)
+        _check(eta=(self.eta, self.eta >= 0, ">= 0"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """λ KL + (1 - λ) TV."""
+        return divergences.lk_lambda(compared.target, compared.draft, self.eta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyAcceptance(Pointwise):
+    """-log of a smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
+
+    vLLM drafts so by default: the draft is accepted with the probability that the target gives to
+    the drafter's likeliest token, and how q spreads over the others is of no account.
+
+    Attributes:
+        sharpness: the power of q that stands for its likeliest token; see
+            `divergences.greedy_acceptance`.
+    """
+
+    sharpness: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse powers that flatten."""
+        Pointwise.__post_init__(self)
+        _check(sharpness=(self.sharpness, self.sharpness >= 1, ">= 1"))
+
+    def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
+        """-log Σ p q̂."""
+        target = compared.target_of_tokens()
+        return divergences.greedy_acceptance(target, compared.draft, self.sharpness)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndTV:
+    """Rejected tokens of whole drafts: Σ_j (1 - Π_{i <= j} α_i) over the depths (Bebop).
+
+    Divided by the number of depths it is ``1 - 1/K Σ_j Π_{i <= j} (1 - TV_i)``; an early depth
+    counts in all later terms. Like total variation it wants a drafter that agrees already.
+
+    Attributes:
+        temperature: the serving temperature.
+        block: the length of the drafts that an independent model learns, teacher-forced; heads
+            have theirs.
     """
 
     temperature: float = 1.0
+    block: int = 5
 
     needs_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse temperatures that soften nothing."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        """Refuse drafts of nothing."""
+        _check(
+            temperature=(self.temperature, self.temperature > 0, "> 0"),
+            block=(self.block, self.block >= 1, ">= 1"),
+        )
 
-    def __call__(
-        self, draft_logits: Tensor, labels: Tensor, target_logits: Tensor | None
-    ) -> LossTerms:
-        """Sum of KL(p || q)."""
-        if target_logits is None:
-            raise ValueError("ForwardKL needs the target's logits; give the loop a teacher")
-        loss = forward_kl(target_logits, draft_logits, temperature=self.temperature).sum()
-        count = draft_logits.new_tensor(len(labels))
-        with torch.no_grad():
-            agreed = (draft_logits.argmax(-1) == target_logits.argmax(-1)).sum()
-            alpha = torch.minimum(target_logits.softmax(-1), draft_logits.softmax(-1)).sum()
-        return LossTerms(loss, count, {"alpha": (alpha, count), "top1_agreement": (agreed, count)})
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The expected number of rejected tokens, those behind a rejected one among them."""
+        rates, slopes = zip(
+            *(divergences.acceptance(depth.target, depth.draft) for depth in depths), strict=True
+        )
+        reached = (weights > 0).cumprod(0)  # a place without a token ends the draft
+        with torch.enable_grad():
+            alphas = torch.stack(rates).requires_grad_()
+            loss = (weights * reached * (1 - alphas.cumprod(0))).sum()
+            (shares,) = torch.autograd.grad(loss, alphas)
+        return loss.detach(), [
+            slope.mul_(share[:, None]) for slope, share in zip(slopes, shares, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaSPEC(ForwardKL):
+    """Forward KL on the tokens that the drafter can still learn (AdaSPEC, 2510.19779).
+
+    Those with the largest excess of its divergence over a reference drafter's, which was trained
+    before on the same data: what even that one has not learnt, a small model does not learn.
+
+    Attributes:
+        reference: the reference drafter: a local folder or a hub id.
+        fraction: how many of a micro-batch's tokens are kept.
+    """
+
+    reference: str
+    fraction: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse fractions that keep nothing."""
+        ForwardKL.__post_init__(self)
+        _check(fraction=(self.fraction, 0 < self.fraction <= 1, "in (0, 1]"))
+
+
+def _check(**settings: tuple[float, bool, str]) -> None:
+    """Name the first setting that is not as it must be."""
+    for name, (value, is_right, wanted) in settings.items():
+        if not is_right:
+            raise ValueError(f"{name} must be {wanted}, got {value}")

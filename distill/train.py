@@ -1,9 +1,7 @@
-"""`draftsmith train`: align an independent drafter to the target."""
+"""`draftsmith train`: align a drafter to the target."""
 
 import atexit
 import hashlib
-import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -16,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from decode import (
     Request,
@@ -26,18 +24,33 @@ from decode import (
     check_tokenizers,
     tokenizer_hash,
 )
-from decode.drafters import LMDrafter
-from decode.models import CheckpointLM
-from distill.alignment.lm import LiveTarget, LMAlignment
+from decode.drafters import Chains
+from decode.models import CheckpointLM, Heads
+from distill.alignment import Teacher
+from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example, TrainingData
-from distill.checkpoint import fsync
 from distill.config import command
+from distill.depth_weights import DepthWeights, Uniform
+from distill.drafter_folder import write_drafter
 from distill.errors import UserError
+from distill.families import FAMILIES, family_of
+from distill.joint import (
+    AdaptedTarget,
+    Anchor,
+    Joint,
+    JointAlignment,
+    JointSettings,
+    drafter_in,
+    moved,
+)
 from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
-from distill.objectives import Objective
+from distill.lora import LoraSettings
+from distill.objectives import AdaSPEC, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
-from distill.run_folder import RunFolder, content_hash, describe, environment, write_json
+from distill.run_folder import RunFolder, content_hash, describe, environment
+from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
+from distill.teachers.stored import LiveTeacher
 from distill.tracking import NoTracker, Tracker
 
 DRAFTER = "drafter"
@@ -48,44 +61,19 @@ INDIFFERENT = ("num_threads", "micro_batch_size", "keep_checkpoints", "log_every
 class DrafterSettings(Protocol):
     """Where a drafter begins."""
 
-    def build(self, target: PreTrainedModel) -> PreTrainedModel:
-        """The model; ValueError where it cannot be made for this target."""
+    def build(self, target: PreTrainedModel) -> nn.Module:
+        """The model, of one of the families; ValueError where it cannot be made for this target."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters instead of all weights (Hu et al. 2021), merged when training is done.
+class TeacherSettings(Protocol):
+    """Where the target's distribution comes from."""
 
-    Attributes:
-        rank: of the adapters.
-        alpha: their scale is alpha / rank.
-        dropout: on their input.
-        target_modules: names of layers, or "all-linear".
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-
-    def wrap(self, model: PreTrainedModel) -> Any:
-        """A peft model over `model`, whose layers are replaced in place."""
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise UserError(
-                "LoRA needs peft, which is not installed", None, "pip install peft, or lora=null"
-            ) from error
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-        )
-        with warnings.catch_warnings():  # peft uses a name that transformers deprecates
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, config)
+    def build(
+        self, live: LiveTarget, examples: Sequence[Example], objective: Objective, vocab_size: int
+    ) -> Teacher:
+        """The teacher; UserError where it has nothing to say about these examples."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +84,8 @@ class Train:
         target: whose output it learns to predict.
         drafter: where it begins.
         objective: what is minimised.
+        teacher: where the target's distribution comes from, for objectives that ask.
+        depth_weights: how much each token of a draft counts, where several are predicted at once.
         data: what it reads.
         trainer: how.
         tracker: gets the figures besides metrics.jsonl.
@@ -104,7 +94,9 @@ class Train:
         num_held_out: how many.
         sampling: how τ is measured on them.
         draft_length: tokens per draft there.
-        lora: train adapters only; for drafters from a checkpoint.
+        lora: train adapters only; of a language model from a checkpoint, or, where the drafter is
+            heads, of the target under them, which is then trained with them.
+        joint: how, in that case.
         output: the run folder; the finished drafter is its `drafter/`.
         seed: of data order and dropout.
     """
@@ -112,6 +104,8 @@ class Train:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafter: DrafterSettings
     objective: Objective
+    teacher: TeacherSettings = field(default_factory=LiveTeacher)
+    depth_weights: DepthWeights = field(default_factory=Uniform)
     data: TrainingData
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     tracker: Tracker = field(default_factory=NoTracker)
@@ -120,6 +114,7 @@ class Train:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     draft_length: int = 5
     lora: LoraSettings | None = None
+    joint: JointSettings = field(default_factory=JointSettings)
     output: Path
     seed: int = 0
 
@@ -146,15 +141,14 @@ class Train:
             return finished
 
         torch.manual_seed(self.seed)
-        adapted = self.lora.wrap(drafter) if self.lora else None
+        trained, adapted = drafter, None
+        if self.lora and isinstance(drafter, Heads):
+            adapted = self.lora.wrap(target.model)
+            trained = Joint(drafter, adapted)
+        elif self.lora:
+            adapted = self.lora.wrap(drafter)
         trainer = Trainer(
-            Trainee(
-                drafter,
-                LMAlignment(drafter),
-                self.objective,
-                LiveTarget(target.model) if self.objective.needs_target else None,
-                self.trainer.precision,
-            ),
+            self._trainee(trained, target, examples, accelerator.device),
             BatchStream(
                 examples,
                 sequence_length=self.trainer.sequence_length,
@@ -173,14 +167,50 @@ class Train:
         result = trainer.run()
         if accelerator.is_main_process:
             result.best.state()  # refuses a damaged one
-            result.best.restore_model(drafter)
-            model = drafter if adapted is None else adapted.merge_and_unload()
-            description = self._describe(target, examples, held_out, result)
-            write_drafter(finished, model, target.tokenizer, description)
+            result.best.restore_model(trained)
+            merged = None if adapted is None else adapted.merge_and_unload()
+            description = self._describe(target, drafter, examples, held_out, result)
+            with_target = merged if trained is not drafter else None
+            write_drafter(finished, drafter, target.tokenizer, description, with_target)
             folder.finish({**description["measured"], "best_step": result.best.step})
             print(f"{finished}{_measured(result.figures)}, step {result.best.step:,}")
         accelerator.wait_for_everyone()
         return finished
+
+    def _trainee(
+        self,
+        trained: nn.Module,
+        target: LoadedTarget,
+        examples: Sequence[Example],
+        device: torch.device,
+    ) -> Trainee:
+        """Drafter, or heads with their target, and how they are taught."""
+        drafter = drafter_in(trained)
+        family = FAMILIES[family_of(drafter)]
+        layers = family.layers(target.model)
+        live: LiveTarget
+        anchor: Anchor | None
+        if isinstance(trained, Joint):
+            live = adapted = AdaptedTarget(trained.target, target.model, layers)
+            anchor = Anchor(adapted, self.joint.heads_weight)
+        else:
+            live, anchor = LiveTarget(target.model, layers), None
+        teacher = None
+        if self.objective.needs_target:
+            vocab_size = family.vocab_size(drafter)
+            teacher = self.teacher.build(live, examples, self.objective, vocab_size)
+        alignment = family.alignment(drafter, live, self.objective.block)
+        return Trainee(
+            trained,
+            alignment if anchor is None else JointAlignment(alignment),
+            self.objective,
+            teacher,
+            self.trainer.precision,
+            depth_weights=self.depth_weights,
+            selection=self._selection(target, device),
+            anchor=anchor,
+            slow=None if anchor is None else ("target", self.joint.target_rate),
+        )
 
     def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Example]]:
         """Held-out prompts, and the examples without them."""
@@ -201,7 +231,7 @@ class Train:
             )
         return held_out, kept
 
-    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> PreTrainedModel:
+    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> nn.Module:
         """The drafter before training, if it fits target and data."""
         where = None
         try:
@@ -212,15 +242,24 @@ class Train:
             drafter = self.drafter.build(target.model)
         except (ValueError, OSError) as error:
             raise UserError(first_line(error), where, "choose another drafter") from error
-        config = drafter.config.get_text_config()
-        if config.vocab_size < len(target.tokenizer):
-            raise UserError(
-                f"the drafter has {config.vocab_size:,} ids, the target's tokenizer "
-                f"{len(target.tokenizer):,}",
-                where,
-                "choose a drafter with the target's tokenizer",
-            )
-        models = [drafter, target.model] if self.objective.needs_target else [drafter]
+        self._check_sizes(drafter, target, where)
+        return drafter
+
+    def _check_sizes(self, drafter: Any, target: LoadedTarget, where: str | None) -> None:
+        """Refuse too few ids, and contexts shorter than the sequences."""
+        family = FAMILIES[family_of(drafter)]
+        if family.is_lm:
+            vocab_size = family.vocab_size(drafter)
+            if vocab_size < len(target.tokenizer):
+                raise UserError(
+                    f"the drafter has {vocab_size:,} ids, the target's tokenizer "
+                    f"{len(target.tokenizer):,}",
+                    where,
+                    "choose a drafter with the target's tokenizer",
+                )
+        models = [drafter] if family.is_lm else []
+        if self.objective.needs_target or family.layers(target.model):
+            models.append(target.model)
         for model in models:
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if context is not None and self.trainer.sequence_length > context:
@@ -229,12 +268,24 @@ class Train:
                     f"context of {type(model).__name__}, {context}",
                     hint=f"set it to {context} or less",
                 )
-        return drafter
+
+    def _selection(self, target: LoadedTarget, device: torch.device) -> TokenSelection | None:
+        """What chooses the tokens, where the objective does not learn all."""
+        if not isinstance(self.objective, AdaSPEC):
+            return None
+        path = self.objective.reference
+        try:
+            check_tokenizers(target.tokenizer, AutoTokenizer.from_pretrained(path))
+            reference = CheckpointLM(path=path).build(target.model)
+        except (ValueError, OSError) as error:
+            hint = "name a trained drafter: objective.reference=runs/.../drafter"
+            raise UserError(first_line(error), path, hint) from error
+        return TokenSelection(self.objective, reference.to(device))
 
     def _settings(
         self,
         target: LoadedTarget,
-        drafter: PreTrainedModel,
+        drafter: nn.Module,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
     ) -> dict[str, Any]:
@@ -242,6 +293,8 @@ class Train:
         settings: dict[str, Any] = describe(self)
         for name in ("output", "tracker"):
             del settings[name]
+        if self.lora is None:
+            del settings["joint"]
         for name in INDIFFERENT:
             del settings["trainer"][name]
         return settings | {
@@ -262,9 +315,8 @@ class Train:
         ]
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            assert isinstance(model, PreTrainedModel)
             try:
-                drafter = LMDrafter(model, target=runtime, draft_length=self.draft_length)
+                drafter = Chains(length=self.draft_length).build(drafter_in(model), runtime)
             except ValueError as error:
                 raise UserError(str(error)) from error
             decoder = SpeculativeDecoder(runtime, drafter, tokenizer=target.tokenizer)
@@ -274,20 +326,24 @@ class Train:
                     "the target ends every held-out prompt at once, so τ cannot be measured",
                     hint="choose other prompts, or sampling.ignore_eos=true",
                 )
-            return {"tau": stats.block_efficiency, "alpha": stats.alpha}
+            figures = {"tau": stats.block_efficiency, "alpha": stats.alpha}
+            if isinstance(model, Joint):
+                figures |= moved(model, [prompt.ids for prompt in prompts])
+            return figures
 
         return evaluate
 
     def _describe(
         self,
         target: LoadedTarget,
+        drafter: nn.Module,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
         result: TrainingSummary,
     ) -> dict[str, Any]:
         """The drafter's draftsmith.json."""
         return {
-            "family": "lm",
+            "family": family_of(drafter),
             "target": target.path,
             "target_fingerprint": target.fingerprint,
             "tokenizer_hash": tokenizer_hash(target.tokenizer),
@@ -308,36 +364,6 @@ class Train:
         }
 
 
-def write_drafter(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    description: dict[str, Any],
-) -> None:
-    """Write a plain transformers directory with draftsmith.json: it appears whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_json(partial / "draftsmith.json", description)
-        for path in partial.iterdir():
-            fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        fsync(folder.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the drafter: {error}",
-            folder,
-            "make room and run the same command again; the training itself is kept",
-        ) from error
-
-
 def _accelerator(target: LoadedTarget) -> Accelerator:
     accelerator = Accelerator(
         cpu=target.model.device.type == "cpu",
@@ -355,6 +381,9 @@ def _data_hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:  # their order counts: the seed shuffles from there
         digest.update(repr((example.ids, example.loss_mask)).encode())
+        if example.top is not None:
+            for stored in (example.top.ids, example.top.logprobs, example.top.tail_mass):
+                digest.update(stored.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

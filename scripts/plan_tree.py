@@ -4,8 +4,9 @@
     draftsmith evaluate --config-dir my_conf draft=mine drafters.mine=drafters/mine
 
 The target writes the calibration prompts' outputs, the acceptance of children by rank is measured
-on them, and the tree of most expected tokens is planned: for drawn children by Sequoia's dynamic
-programme (Chen et al. 2024), for the likeliest ones node by node (Medusa, Cai et al. 2024).
+on them (of heads at each depth), and the tree of most expected tokens is planned: for drawn
+children by Sequoia's dynamic programme (Chen et al. 2024), for the likeliest ones node by node
+(Medusa, Cai et al. 2024).
 """
 
 import argparse
@@ -25,8 +26,10 @@ from decode import (
     plan_best_first,
     plan_without_gaps,
 )
-from decode.calibration import acceptance_profile
+from decode.calibration import acceptance_by_depth, acceptance_profile
 from decode.drafters import NoDrafter
+from decode.models import load_heads
+from distill.drafter_folder import read_description
 from distill.prompts import StandardLibraryPrompts
 from distill.run_folder import write_text
 
@@ -37,7 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default="distill/embedded_target")
-    parser.add_argument("--drafter", required=True, help="a transformers causal LM folder")
+    parser.add_argument("--drafter", required=True, help="folder of a causal LM or of heads")
     parser.add_argument("--budget", type=int, default=12, help="drafted nodes at most")
     parser.add_argument("--depth", type=int, default=5, help="of the tree, at most")
     parser.add_argument(
@@ -50,27 +53,45 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    target, drafter = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in (args.target, args.drafter)
-    )
+    family = read_description(args.drafter).get("family", "lm")
+    if family != "lm" and args.children != "likeliest":
+        parser.error("trees of heads are planned of their likeliest children")
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     source = StandardLibraryPrompts(split="distill", limit=args.prompts)
     prompts = [prompt.ids for prompt in source.load(tokenizer)]
     sampling = SamplingParams(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     requests = [Request(id=str(n), prompt=ids, sampling=sampling) for n, ids in enumerate(prompts)]
     results = SpeculativeDecoder(Target(target), NoDrafter()).generate(requests)
-    profile = acceptance_profile(
-        target,
-        drafter,
-        [(ids, result.tokens) for ids, result in zip(prompts, results, strict=True)],
-        children=args.children,
-        num_ranks=args.ranks,
-        sampling=sampling,
-    )
-    print("acceptance by rank:", " ".join(f"{chance:.3f}" for chance in profile))
-    plan = plan_best_first if args.children == "likeliest" else plan_without_gaps
-    tree = plan(profile, budget=args.budget, depth=args.depth)
+    texts = [(ids, result.tokens) for ids, result in zip(prompts, results, strict=True)]
+    profile: list[float] | list[list[float]]
+    if family == "lm":
+        drafter = AutoModelForCausalLM.from_pretrained(args.drafter, dtype=torch.float32).eval()
+        flat = acceptance_profile(
+            target,
+            drafter,
+            texts,
+            children=args.children,
+            num_ranks=args.ranks,
+            sampling=sampling,
+        )
+        print("acceptance by rank:", " ".join(f"{chance:.3f}" for chance in flat))
+        profile = flat
+    else:
+        profile = acceptance_by_depth(
+            target,
+            load_heads(args.drafter, target),
+            texts,
+            num_ranks=args.ranks,
+            sampling=sampling,
+        )
+        for depth, row in enumerate(profile, start=1):
+            chances = " ".join(f"{chance:.3f}" for chance in row)
+            print(f"acceptance by rank at depth {depth}: {chances}")
+    if args.children == "likeliest":
+        tree = plan_best_first(profile, budget=args.budget, depth=args.depth)
+    else:
+        tree = plan_without_gaps(flat, budget=args.budget, depth=args.depth)
     tau = 1 + expected_accepted(tree, profile)
     print(f"{tree.num_drafted} nodes, {tree.depth} deep: {tau:.3f} tokens a step expected")
     config = {

@@ -12,6 +12,7 @@ from decode.drafters.drafting import (
     MergedTrees,
     PlannedTrees,
 )
+from decode.drafters.heads import HeadsDrafter
 from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.input_guided import InputGuidedDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
@@ -44,6 +45,7 @@ __all__ = [
     "Drafting",
     "DynamicTrees",
     "ExpansionTrees",
+    "HeadsDrafter",
     "HeuristicChains",
     "HybridChains",
     "HybridDrafter",

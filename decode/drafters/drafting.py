@@ -1,14 +1,15 @@
-"""How a language model drafts, as settings: each builds the drafter of one checkpoint."""
+"""How a language model or heads draft, as settings: each builds the drafter of one checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from transformers import PreTrainedModel
 
 from decode.cost import measure_costs
 from decode.draft_length import Confidence, Constant, CostAware, Heuristic
 from decode.drafters.growing import TreeShape
+from decode.drafters.heads import HeadsDrafter
 from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.likeliest_paths import LikeliestPaths
 from decode.drafters.lm import LMDrafter
@@ -20,17 +21,20 @@ from decode.drafters.planned_trees import (
     IndependentChildren,
     LikeliestChildren,
 )
+from decode.models.heads import Heads
 from decode.planner import TreePlan
 from decode.protocols import Drafter
 from decode.target import Target
 
 LONGEST_TIMED = 16  # a longer suffix draft is taken to cost as much
 
+DraftModel: TypeAlias = PreTrainedModel | Heads
+
 
 class Drafting(Protocol):
     """How to draft with a model; one of the classes below."""
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """A drafter for `target`; what it learns is its own."""
         ...
 
@@ -48,10 +52,13 @@ class Chains:
     length: int = 5
     min_confidence: float = 0.0
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
-        """Their drafter."""
+    def build(self, model: DraftModel, target: Target) -> Drafter:
+        """Their drafter; of heads the chains are no longer than there are heads."""
+        if isinstance(model, Heads) and self.min_confidence == 0:
+            shape = IndependentChildren(TreePlan.expansion([1] * self.length))
+            return HeadsDrafter(model, target=target, shape=shape)
         length = Constant(self.length, self.min_confidence)
-        return LMDrafter(model, target=target, draft_length=length)
+        return LMDrafter(_lm(model, "min_confidence"), target=target, draft_length=length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +73,10 @@ class HeuristicChains:
     first: int = 5
     longest: int = 20
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         length = Heuristic(longest=self.longest, first=self.first)
-        return LMDrafter(model, target=target, draft_length=length)
+        return LMDrafter(_lm(model, type(self).__name__), target=target, draft_length=length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +91,10 @@ class ConfidentChains:
     longest: int = 12
     min_acceptance: float = 0.4
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         length = Confidence(longest=self.longest, min_acceptance=self.min_acceptance)
-        return LMDrafter(model, target=target, draft_length=length)
+        return LMDrafter(_lm(model, type(self).__name__), target=target, draft_length=length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +110,11 @@ class CostAwareChains:
 
     longest: int = 8
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter; the forwards of both models are timed first."""
-        drafter = LMDrafter(model, target=target, draft_length=self.longest)
+        drafter = LMDrafter(
+            _lm(model, type(self).__name__), target=target, draft_length=self.longest
+        )
         costs = measure_costs(target.cached, drafter.reader.cached, self.longest)
         drafter.length = CostAware(costs)
         return drafter
@@ -128,9 +137,11 @@ class HybridChains:
     length: int = 3
     threshold: float | None = None
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter; the forwards of both models are timed first."""
-        trained = LMDrafter(model, target=target, draft_length=self.length)
+        trained = LMDrafter(
+            _lm(model, type(self).__name__), target=target, draft_length=self.length
+        )
         longest = max(self.length, min(self.suffix.max_tokens, LONGEST_TIMED))
         costs = measure_costs(target.cached, trained.reader.cached, longest)
         return HybridDrafter(
@@ -155,10 +166,10 @@ class ExpansionTrees:
     counts: tuple[int, ...] = (2, 2, 1)
     children: str = "likeliest"
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         shape = _children(self.children)(TreePlan.expansion(self.counts))
-        return LMTreeDrafter(model, target=target, shape=shape)
+        return _trees(model, target, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +186,10 @@ class PlannedTrees:
     ranks: tuple[int, ...]
     children: str = "likeliest"
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         shape = _children(self.children)(TreePlan(self.parents, self.ranks))
-        return LMTreeDrafter(model, target=target, shape=shape)
+        return _trees(model, target, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +206,10 @@ class DynamicTrees:
     depth: int = 4
     size: int = 12
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         shape = LikeliestPaths(width=self.width, depth=self.depth, size=self.size)
-        return LMTreeDrafter(model, target=target, shape=shape)
+        return _trees(model, target, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +228,12 @@ class MergedTrees:
     width: int = 3
     depth: int = 3
 
-    def build(self, model: PreTrainedModel, target: Target) -> Drafter:
+    def build(self, model: DraftModel, target: Target) -> Drafter:
         """Their drafter."""
         share = self.budget // 2
         shape = LikeliestPaths(width=self.width, depth=self.depth, size=self.budget - share)
         suffix = replace(self.suffix, as_tree=True, max_tokens=share)
-        return MergedDrafter(
-            [suffix.build(target), LMTreeDrafter(model, target=target, shape=shape)]
-        )
+        return MergedDrafter([suffix.build(target), _trees(model, target, shape)])
 
 
 CHILDREN: dict[str, Callable[[TreePlan], TreeShape]] = {
@@ -238,3 +247,19 @@ def _children(name: str) -> Callable[[TreePlan], TreeShape]:
     if name not in CHILDREN:
         raise ValueError(f"children must be one of {', '.join(CHILDREN)}, got {name!r}")
     return CHILDREN[name]
+
+
+def _trees(model: DraftModel, target: Target, shape: TreeShape) -> Drafter:
+    if isinstance(model, Heads):
+        return HeadsDrafter(model, target=target, shape=shape)
+    return LMTreeDrafter(model, target=target, shape=shape)
+
+
+def _lm(model: DraftModel, wanted_by: str) -> PreTrainedModel:
+    """`model`, where it is a language model."""
+    if isinstance(model, Heads):
+        raise ValueError(
+            f"{wanted_by} is for drafters that are language models; heads draft with Chains, "
+            "ExpansionTrees, PlannedTrees, DynamicTrees or MergedTrees"
+        )
+    return model

@@ -18,15 +18,33 @@ from decode.drafters.reading import Reader
 from decode.sampling import SamplingBatch
 
 
-class GrowingTree:
+class GrowingTree(Protocol):
     """The nodes read so far, the root first.
-
-    Nothing of it is committed to the cache: the keys of each level lie behind those of the levels
-    above, so that no node is read twice.
 
     Attributes:
         logits: [B, W, V] behind the nodes read last.
-        num_read: R.
+    """
+
+    logits: Tensor
+
+    @property
+    def num_read(self) -> int:
+        """R."""
+        ...
+
+    def read(self, tokens: Tensor, parents: Tensor) -> None:
+        """Read the `tokens` [B, W] of the next level.
+
+        `parents` [B, W] are places among the nodes read before, all in the level above.
+        """
+        ...
+
+
+class TreeInCache(GrowingTree):
+    """The tree that a language model reads.
+
+    Nothing of it is committed to the cache: the keys of each level lie behind those of the levels
+    above, so that no node is read twice.
     """
 
     def __init__(self, reader: Reader, slots: list[int], roots: Tensor, logits: Tensor):

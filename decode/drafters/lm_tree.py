@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from decode.draft import Draft
-from decode.drafters.growing import GrowingTree, TreeShape, harvest
+from decode.drafters.growing import TreeInCache, TreeShape, harvest
 from decode.drafters.reading import Reader
 from decode.protocols import Acceptance, Context, Drafter
 from decode.target import Target
@@ -54,7 +54,7 @@ class LMTreeDrafter(Drafter):
             return Draft.chain(roots)
         # The root is the first node of what is read now, and not committed before the step is over.
         logits = self.reader.catch_up(context, slots, depths, commit_roots=False)
-        tree = GrowingTree(self.reader, slots, roots, logits)
+        tree = TreeInCache(self.reader, slots, roots, logits)
         draft, places = harvest(roots, self.shape.grow(tree, depths, context.sampling))
         for slot, depth, row in zip(slots, depths, places.tolist(), strict=True):
             if depth > 0:

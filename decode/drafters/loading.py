@@ -11,6 +11,8 @@ from transformers import (
 )
 
 from decode.drafters.drafting import Chains, Drafting
+from decode.models.heads_folder import SETTINGS as HEADS
+from decode.models.heads_folder import load_heads
 from decode.protocols import Drafter
 from decode.target import Target
 from decode.tokenizers import check_tokenizers
@@ -65,5 +67,12 @@ def _load_lm(
     return drafting.build(model.to(target.device), target)
 
 
+def _load_heads(
+    folder: str, target: Target, drafting: Drafting, tokenizer: PreTrainedTokenizerBase | None
+) -> Drafter:
+    # A tokenizer of their own they have none: their ids are the target's.
+    return drafting.build(load_heads(folder, target.model), target)
+
+
 Loader = Callable[[str, Target, Drafting, PreTrainedTokenizerBase | None], Drafter]
-FAMILIES: dict[str, Loader] = {"lm": _load_lm}
+FAMILIES: dict[str, Loader] = {"lm": _load_lm, **dict.fromkeys(HEADS, _load_heads)}

@@ -1,5 +1,21 @@
 """The trainable models of drafters."""
 
+from decode.models.blockwise import Blockwise
+from decode.models.heads import Heads
+from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
+from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
+from decode.models.medusa import Medusa
 
-__all__ = ["CheckpointLM", "ScratchLM", "TargetLayersLM"]
+__all__ = [
+    "Blockwise",
+    "CheckpointLM",
+    "Heads",
+    "HeadsCheckpoint",
+    "Hydra",
+    "Medusa",
+    "ScratchLM",
+    "TargetLayersLM",
+    "load_heads",
+    "save_heads",
+]

@@ -11,37 +11,57 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from distill.batches import Batch
-from distill.chunked import States
+from distill.laws import TargetLaw
+from distill.states import States
 
-__all__ = ["Aligned", "Alignment", "Teacher", "TeacherSignal"]
+__all__ = ["Aligned", "Alignment", "Depth", "Teacher", "TeacherSignal"]
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
-    """The states of T places, and the token that each is to predict.
+class Depth:
+    """What is predicted one depth of a draft ahead, at T places.
 
     Attributes:
-        states: the drafter's.
-        labels: [T].
+        states: [T, D] and the head that projects them; heads may differ from depth to depth.
+        labels: [T] the token that each place is to predict.
+        rows: [T] which of the batch's learnt tokens (the True places of `batch.loss_mask` in
+            row-major order) each label is, hence where the teacher's signal on it stands; None is
+            all of them in order.
+        valid: [T] whether a place has such a token; None is all. Labels and rows of places that
+            have none are 0 and count for nothing.
     """
 
     states: States
     labels: Tensor
+    rows: Tensor | None = None
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """The predictions of a batch.
+
+    Attributes:
+        depths: one for an independent model, K for K heads; depth d is the d-th drafted token. All
+            have the same T places.
+    """
+
+    depths: tuple[Depth, ...]
 
 
 class Alignment(Protocol):
     """One per drafter family."""
 
     def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
-        """Run the drafter on the batch; T is the number of places that `batch.loss_mask` names."""
+        """Run the drafter on the batch."""
         ...
 
 
 class TeacherSignal(Protocol):
-    """What the target says about the T tokens of a batch, in the order of `Alignment.align`."""
+    """What the target says about the learnt tokens of a batch, in row-major order."""
 
-    def logits(self, begin: int, end: int) -> Tensor:
-        """[end - begin, V] of tokens begin to end, without gradient."""
+    def law(self, rows: slice | Tensor) -> TargetLaw:
+        """What it says about these of them, without gradient."""
         ...
 
 

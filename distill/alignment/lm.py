@@ -4,44 +4,103 @@ Only places that count are projected to logits, in chunks (`distill.chunked`). M
 more than a linear layer (and Gemma's soft cap) give whole logits instead.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.alignment import Aligned
+from distill.alignment import Aligned, Depth
 from distill.batches import Batch
-from distill.chunked import Head, States, compute_dtype
+from distill.states import Head, States, compute_dtype
 
 
 class LMAlignment:
     """Aligns a causal LM."""
 
-    def __init__(self, drafter: PreTrainedModel):
-        """Find out how this model makes logits."""
+    def __init__(self, drafter: PreTrainedModel, block: int = 1):
+        """Find out how this model makes logits.
+
+        Args:
+            drafter: the model.
+            block: how many consecutive tokens are judged together, each after the data's own.
+        """
         self._head = PlainHead.of(drafter)
+        self._block = block
 
     def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
         """The drafter's states at the places before those that `batch.loss_mask` names."""
+        hidden, head = predictions(drafter, self._head, batch)
+        labels = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+        if self._block == 1:
+            return Aligned((Depth(States(hidden, head), labels),))
         return Aligned(
-            States(*predictions(drafter, self._head, batch)),
-            batch.input_ids[:, 1:][batch.loss_mask[:, 1:]],
+            tuple(
+                Depth(States(hidden[rows], head), labels[rows].where(valid, 0), rows, valid)
+                for rows, valid in blocks(batch, self._block)
+            )
         )
 
 
-class LiveTarget:
-    """The target itself, run beside the drafter without gradient."""
+def blocks(batch: Batch, length: int) -> list[tuple[Tensor, Tensor]]:
+    """The learnt tokens in blocks of `length`: per depth the rows [T] and which are valid [T].
 
-    def __init__(self, model: PreTrainedModel):
-        """Teach with `model`."""
+    Blocks follow one another from the first token of each run of learnt ones within an example;
+    the last of a run may be shorter.
+    """
+    row, place = batch.loss_mask.nonzero(as_tuple=True)
+    segment = batch.segment_ids[row, place]
+    number = torch.arange(len(row), device=row.device)
+    begins = torch.ones_like(row, dtype=torch.bool)
+    begins[1:] = (row.diff() != 0) | (place.diff() != 1) | (segment.diff() != 0)
+    run = begins.cumsum(0)
+    first = number.where(begins, 0).cummax(0).values
+    starts = number[(number - first) % length == 0]
+    depths = []
+    for depth in range(length):
+        rows = (starts + depth).clamp(max=max(len(number) - 1, 0))
+        valid = (rows == starts + depth) & (run[rows] == run[starts])
+        depths.append((rows.where(valid, 0), valid))
+    return depths
+
+
+class LiveTarget:
+    """The target itself, run beside the drafter without gradient, once per batch."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] = ()):
+        """Teach with `model`.
+
+        Args:
+            model: the target.
+            layers: whose hidden states a drafter reads; layer k is the output of k layers, as in
+                the runtime, and the last one's is normed.
+        """
         self._model = model.eval()
         self._head = PlainHead.of(model)
+        self.layers = layers
+        self._last: tuple[Batch, Tensor, dict[int, Tensor]] | None = None
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> States:
         """The target's states at the places that predict the batch's tokens."""
-        hidden, head = predictions(self._model, self._head, batch)
+        everywhere, _ = self._run(batch)
+        hidden, head = at_predicting_places(everywhere, self._head, batch)
         dtype = compute_dtype(hidden)
         return States(hidden.to(dtype), head.detach(dtype))
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> dict[int, Tensor]:
+        """Layer -> hidden states [B, L, D] everywhere in the batch, of the layers asked for."""
+        return self._run(batch)[1]
+
+    def _run(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+        """The forward of this very batch, remembered until the next one comes."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = None  # the old states go before the new ones come
+            output = forward(self._model, self._head, batch, with_hidden=bool(self.layers))
+            hidden = {layer: output.hidden_states[layer] for layer in self.layers}
+            self._last = (batch, _everywhere(output, self._head), hidden)
+        return self._last[1:]
 
 
 class PlainHead:
@@ -84,17 +143,37 @@ def predictions(model: nn.Module, plain: PlainHead | None, batch: Batch) -> tupl
 
     Without a plain head the states are the logits [T, V] themselves.
     """
+    return at_predicting_places(_everywhere(forward(model, plain, batch), plain), plain, batch)
+
+
+def at_predicting_places(
+    everywhere: Tensor, plain: PlainHead | None, batch: Batch
+) -> tuple[Tensor, Head]:
+    """Of states [B, L, D] those before the batch's T learnt tokens, [T, D], and their head."""
+    head = Head(None) if plain is None else plain.head()
+    return everywhere[:, :-1][batch.loss_mask[:, 1:]], head
+
+
+def forward(
+    model: nn.Module, plain: PlainHead | None, batch: Batch, *, with_hidden: bool = False
+) -> Any:
+    """The model's output on the batch; without its logits where a plain head can make them."""
     backbone = model if plain is None else model.base_model
     assert isinstance(backbone, nn.Module)
-    output = backbone(
+    return backbone(
         input_ids=batch.input_ids,
         attention_mask=attention_masks(model, batch),
         position_ids=batch.position_ids,
         use_cache=False,
+        output_hidden_states=with_hidden,
     )
-    everywhere = output.logits if plain is None else output.last_hidden_state
-    head = Head(None) if plain is None else plain.head()
-    return everywhere[:, :-1][batch.loss_mask[:, 1:]], head
+
+
+def _everywhere(output: Any, plain: PlainHead | None) -> Tensor:
+    """The states [B, L, D] that the head projects, or the logits [B, L, V]."""
+    found = output.logits if plain is None else output.last_hidden_state
+    assert isinstance(found, Tensor)
+    return found
 
 
 def attention_masks(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:

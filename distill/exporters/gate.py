@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from decode.models import Heads, load_heads
 from distill.errors import UserError
 
 
@@ -38,6 +39,18 @@ def check_reload(model: PreTrainedModel, folder: Path, prompts: Sequence[Sequenc
             f"the exported checkpoint's logits differ by {worst:.2e}", folder, "this is a bug"
         )
     return worst
+
+
+def check_heads(heads: Heads, folder: Path, target: PreTrainedModel) -> None:
+    """Load `folder` as a user would: the weights must be the same to the bit.
+
+    Raises:
+        UserError: they are not.
+    """
+    reloaded = load_heads(folder, target, dtype=next(heads.parameters()).dtype).state_dict()
+    for name, tensor in heads.state_dict().items():
+        if not torch.equal(reloaded[name], tensor):
+            raise UserError(f"the exported heads differ in {name}", folder, "this is a bug")
 
 
 @torch.inference_mode()

@@ -5,27 +5,17 @@ from typing import Any
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 tags: [speculative-decoding, draft-model, draftsmith]
 ---
 
 # Drafter for {target}
 
-An independent draft model for speculative decoding with the target `{target}`, trained by
-[Draftsmith](https://pypi.org/project/draftsmith/). It shares the target's tokenizer and vocabulary
-size ({vocab_size:,}), and has {parameters:,} parameters ({dtype}).
+{what}
 
 ## Use
 
-```python
-target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained("{folder}"))
-```
-
-```sh
-vllm serve {target} --speculative-config \\
-  '{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {draft_length}}}'
-draftsmith evaluate target.path={target} drafters.mine={folder}
-```
+{use}
 
 ## How it was made
 
@@ -42,6 +32,40 @@ these figures say how much faster it comes, not how good it is.
 """
 
 
+WHAT_LM = """\
+An independent draft model for speculative decoding with the target `{target}`, trained by
+[Draftsmith](https://pypi.org/project/draftsmith/). It shares the target's tokenizer and vocabulary
+size ({vocab_size:,}), and has {parameters:,} parameters ({dtype})."""
+
+USE_LM = """\
+```python
+target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained("{folder}"))
+```
+
+```sh
+vllm serve {target} --speculative-config \\
+  '{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {draft_length}}}'
+draftsmith evaluate target.path={target} drafters.mine={folder}
+```"""
+
+WHAT_HEADS = """\
+Decoding heads ({family}) for the target `{target}`, trained by
+[Draftsmith](https://pypi.org/project/draftsmith/). They read the target's own last hidden state and
+draft nothing without it; {parameters:,} parameters ({dtype}), vocabulary {vocab_size:,}."""
+
+USE_HEADS = """\
+```python
+from decode import Target
+from decode.drafters import load_drafter
+
+drafter = load_drafter("{folder}", target=Target(model), draft={draft_length})
+```
+
+```sh
+draftsmith evaluate target.path={target} drafters.mine={folder} draft_length={draft_length}
+```"""
+
+
 def model_card(description: Mapping[str, Any], measured: str) -> str:
     """The card's text.
 
@@ -56,12 +80,21 @@ def model_card(description: Mapping[str, Any], measured: str) -> str:
         if name not in skipped
     )
     export = description["export"]
+    family = description["family"]
+    what, use = (WHAT_LM, USE_LM) if family == "lm" else (WHAT_HEADS, USE_HEADS)
+    known = {
+        "family": family,
+        "target": description["target"],
+        "folder": export["name"],
+        **{name: export[name] for name in ("vocab_size", "parameters", "dtype", "draft_length")},
+    }
     return CARD.format(
+        library="transformers" if family == "lm" else "draftsmith",
         target=description["target"],
+        what=what.format(**known),
+        use=use.format(**known),
         facts=facts,
         measured=measured,
-        folder=export["name"],
-        **{name: export[name] for name in ("vocab_size", "parameters", "dtype", "draft_length")},
     )
 
 

@@ -23,6 +23,8 @@ GIVEN = {
     "target/hf": "target.path=somewhere",
     "prompts/dataset": "prompts.path=prompts.jsonl",
     "drafter/lm_from_checkpoint": "drafter.path=somewhere",
+    "drafter/heads_from_checkpoint": "drafter.path=somewhere",
+    "objective/adaspec": "objective.reference=somewhere",
     "draft/planned": "draft.parents=[0,0,1] draft.ranks=[0,1,0]",
 }
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from decode import SamplingParams
-from decode.calibration import acceptance_profile
+from decode.calibration import acceptance_by_depth, acceptance_profile
+from decode.models import Hydra
 from decode.sampling import warp
 
 WARM = SamplingParams(temperature=1.0)
@@ -77,3 +78,29 @@ def test_children_of_no_known_kind_are_refused(tiny, texts):
         acceptance_profile(
             tiny("llama"), tiny("llama"), texts, children="best", num_ranks=2, sampling=WARM
         )
+
+
+def test_heads_are_counted_at_each_depth(tiny, texts):
+    model = tiny("llama")
+    heads = Hydra(num_heads=3, prefix_attention=True).build(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    found = acceptance_by_depth(model, heads.eval(), texts, num_ranks=97, sampling=SamplingParams())
+    for depth, row in enumerate(found, start=1):
+        counts, places = [0] * 97, 0
+        for prompt, output in texts:
+            ids = torch.tensor([*prompt, *output])
+            size = len(ids)
+            with torch.no_grad():
+                states = model(ids[None], output_hidden_states=True).hidden_states[-1]
+                sees = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
+                states = heads.prefix(states, sees, torch.arange(size)[None])[0]
+                for root in range(len(prompt), size - depth):
+                    logits = heads.logits(depth, states[root - 1], ids[root : root + depth])
+                    order = logits.argsort(descending=True).tolist()
+                    counts[order.index(int(ids[root + depth]))] += 1
+                    places += 1
+        assert row == pytest.approx([count / places for count in counts])
+        assert sum(row) == pytest.approx(1)

@@ -515,8 +515,8 @@ class Recording(LMDrafter):
             new = torch.stack([context.hidden[layer][row] for layer in self.hidden_layers])
             fresh = length - 1 - known  # the root's own states are not known yet
             assert fresh >= 1
-            self.states[slot].append(new[:, :fresh])
-            assert not new[:, fresh:].any(), "padding"
+            self.states[slot].append(new[:, new.shape[1] - fresh :])
+            assert not new[:, : new.shape[1] - fresh].any(), "padding"
         return super().propose(context)
 
     def end(self, slot: int, output: list[int]) -> None:

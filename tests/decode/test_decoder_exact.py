@@ -21,8 +21,10 @@ from decode import (
     SpeculativeDecoder,
     Target,
 )
+from decode.acceptance import RecursiveRejection
 from decode.draft_length import Confidence, Heuristic
-from decode.drafters import LMDrafter
+from decode.drafters import Chains, DynamicTrees, ExpansionTrees, LMDrafter
+from decode.models import Blockwise, Hydra, Medusa
 from decode.sampling import warp
 
 V, EOS, LENGTH = 5, 4, 4
@@ -101,10 +103,10 @@ class TreeDrafter(Drafter):
 
 
 def decoded(
-    model, drafter_of, params: SamplingParams, prompt: list[int], count: int
+    model, drafter_of, params: SamplingParams, prompt: list[int], count: int, rule=None
 ) -> Counter[tuple[int, ...]]:
     target = Target(model, max_batch_size=512)
-    decoder = SpeculativeDecoder(target, drafter_of(target))
+    decoder = SpeculativeDecoder(target, drafter_of(target), rule)
     requests = (
         Request(id=str(index), prompt=prompt, sampling=params, seed=11) for index in range(count)
     )
@@ -173,3 +175,26 @@ def test_the_decoder_is_lossless_where_drafts_differ_in_length(g_test, tiny, per
 
     counts = decoded(model, drafter, params, [1, 3], 20_000)
     assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
+
+
+@pytest.mark.parametrize("settings", [Medusa(num_heads=2), Hydra(num_heads=2), Blockwise()])
+@pytest.mark.parametrize(
+    ("drafting", "rule"),
+    [
+        (Chains(length=2), None),
+        (ExpansionTrees(counts=(2, 2), children="independent"), None),
+        (ExpansionTrees(counts=(2, 1), children="distinct"), RecursiveRejection()),
+        (DynamicTrees(width=2, depth=2, size=4), None),
+    ],
+    ids=["chain", "independent", "distinct", "dynamic"],
+)
+def test_the_decoder_is_lossless_with_heads(g_test, tiny, settings, drafting, rule):
+    model = tiny("llama", **(TINY | {"max_position_embeddings": 32}))
+    heads = settings.build(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+    counts = decoded(model, lambda t: drafting.build(heads, t), params, [1, 3], 6_000, rule)
+    assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES / 12  # as many cases

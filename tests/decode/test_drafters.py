@@ -449,7 +449,7 @@ def test_another_tokenizer_is_refused_by_name(folder, tiny, tokenizer):
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ('{"family": "medusa"}', "family 'medusa'; this version knows lm"),
+        ('{"family": "eagle"}', "family 'eagle'; this version knows blockwise, hydra, lm, medusa"),
         ('{"famil', "is not a drafter's description"),
         ("{}", "is not a drafter's description"),
         ("[]", "is not a drafter's description"),

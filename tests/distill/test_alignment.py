@@ -83,10 +83,21 @@ def test_packed_examples_do_not_see_each_other(name, attention):
             labels += example.output_ids
 
     aligned = LMAlignment(model).align(model, batch)
-    assert aligned.labels.tolist() == labels
-    logits = aligned.states.logits(0, len(labels))
+    (depth,) = aligned.depths
+    assert depth.labels.tolist() == labels
+    assert depth.rows is depth.valid is None
+    logits = depth.states.law(slice(None)).logits
     torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    signal = LiveTarget(model).signal(batch)
-    torch.testing.assert_close(signal.logits(2, 5), logits[2:5])
+    target = LiveTarget(model, layers=(0, 2))
+    signal = target.signal(batch)
+    torch.testing.assert_close(signal.law(slice(2, 5)).logits, logits[2:5])
+    torch.testing.assert_close(signal.law(torch.tensor([4, 1])).logits, logits[[4, 1]])
     assert not signal.hidden.requires_grad
     assert (PlainHead.of(model) is None) == (name == "cohere")
+
+    model.forward = model.base_model.forward = None  # what it reads was computed with the signal
+    hidden = target.states(batch)
+    assert hidden.keys() == {0, 2}
+    learnt = hidden[2][:, :-1][batch.loss_mask[:, 1:]]
+    if name != "cohere":
+        torch.testing.assert_close(learnt, signal.hidden)

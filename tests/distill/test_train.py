@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,16 +19,37 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from decode import Target
+from decode import Request, SpeculativeDecoder, Target
 from decode.drafters import load_drafter
-from decode.models import CheckpointLM, ScratchLM, TargetLayersLM
+from decode.models import (
+    Blockwise,
+    CheckpointLM,
+    HeadsCheckpoint,
+    Hydra,
+    Medusa,
+    ScratchLM,
+    TargetLayersLM,
+    load_heads,
+)
 from distill import checkpoint as checkpoints
-from distill.batches import Example
+from distill.alignment import lm as alignment
+from distill.batches import Example, SeqKD
+from distill.depth_weights import Decay, Survival, Uniform
+from distill.drafter_folder import check_target
 from distill.errors import UserError
-from distill.loop import Precision, TrainerSettings
-from distill.objectives import CrossEntropy, ForwardKL
+from distill.generate import Generate
+from distill.loop import Precision, Trainer, TrainerSettings
+from distill.objectives import (
+    AdaSPEC,
+    CrossEntropy,
+    EndToEndTV,
+    ForwardKL,
+    GreedyAcceptance,
+    LKLambda,
+)
 from distill.prompts import Prompt
 from distill.target import TargetSettings
+from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import LoraSettings, SamplingParams, Train
 
@@ -209,3 +232,226 @@ def test_what_does_not_fit_is_refused_in_one_sentence(train, target, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
     with pytest.raises(UserError, match="tokenizer is not the target's"):
         replace(train, drafter=CheckpointLM(path=str(other))).run()
+
+
+HEADS = {
+    "medusa": Medusa(num_heads=3),
+    "medusa, shared": Medusa(num_heads=3, share_head=True),
+    "hydra": Hydra(num_heads=3, num_layers=2),
+    "hydra++": Hydra(num_heads=3, num_layers=2, prefix_attention=True),
+    "blockwise": Blockwise(num_heads=3),
+    "blockwise, one at a time": Blockwise(num_heads=3, one_at_a_time=True),
+}
+EACH_HEADS = pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+
+
+@pytest.mark.parametrize("name", ["medusa", "hydra++", "blockwise"])
+def test_heads_are_trained_and_draft_in_a_new_process(train, target, name):
+    settings = HEADS[name]
+    rate = replace(train.trainer, learning_rate=0.01, warmup_steps=0, evaluate_every=4)
+    folder = replace(train, drafter=settings, trainer=rate).run()
+    description = json.loads((folder / "draftsmith.json").read_text())
+    assert description["family"] == settings.family
+    last = checkpoints.latest(train.output / "checkpoints")
+    assert last.step == 4
+
+    model = AutoModelForCausalLM.from_pretrained(target)
+    untrained, trained = settings.build(model), settings.build(model)
+    last.restore_model(trained)
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(untrained.parameters(), trained.parameters(), strict=True)
+    ]
+    assert all(changed)
+    best = load_heads(folder, model).state_dict()
+    if description["best_step"] == 4:
+        assert all(torch.equal(best[name], value) for name, value in trained.state_dict().items())
+
+    script = f"""
+import json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from decode import Request, SamplingParams, SpeculativeDecoder, Target
+from decode.drafters import load_drafter
+target = Target(AutoModelForCausalLM.from_pretrained({str(target)!r}))
+tokenizer = AutoTokenizer.from_pretrained({str(target)!r})
+drafter = load_drafter({str(folder)!r}, target=target, draft=3, tokenizer=tokenizer)
+request = Request(id="0", prompt=[3, 4, 5], sampling=SamplingParams(max_new_tokens=20))
+(result,) = SpeculativeDecoder(target, drafter).generate([request])
+print(json.dumps(result.tokens))
+"""
+    there = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    ids = torch.tensor([[3, 4, 5]])
+    own = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=20, pad_token_id=0)  # fmt: skip
+    assert json.loads(there) == own[0, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "depth_weights"),
+    [
+        (HEADS["medusa"], CrossEntropy(), Decay()),
+        (HEADS["hydra++"], ForwardKL(), Survival()),
+        (HEADS["medusa, shared"], EndToEndTV(), Uniform()),
+        (HEADS["blockwise"], LKLambda(), Uniform()),
+        (HEADS["blockwise, one at a time"], CrossEntropy(), Uniform()),
+    ],
+    ids=str,
+)
+def test_heads_learn_what_follows(train, settings, objective, depth_weights):
+    """On a few rows, learnt by heart, every depth's loss falls."""
+    rate = replace(
+        train.trainer, learning_rate=0.02, warmup_steps=0, steps=60, evaluate_every=60, log_every=5
+    )
+    replace(
+        train,
+        drafter=settings,
+        objective=objective,
+        depth_weights=depth_weights,
+        trainer=rate,
+        data=Numbers(8, 1),
+    ).run()
+    losses = [
+        line["loss"] for line in read_metrics(train.output / "metrics.jsonl") if "loss" in line
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@EACH_HEADS
+def test_a_killed_training_of_heads_goes_on_to_the_same_bits(
+    train, settings, tmp_path, monkeypatch
+):
+    train = replace(train, drafter=settings, trainer=replace(train.trainer, learning_rate=0.01))
+    whole = replace(train, output=tmp_path / "whole").run()
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 3:
+            raise SystemExit("killed")
+        step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(SystemExit):
+            train.run()
+    assert checkpoints.latest(train.output / "checkpoints").step == 2
+    again = train.run()
+    for name in ("model.safetensors", "draftsmith.json", "config.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    final = [checkpoints.latest(run / "checkpoints").path for run in (train.output, whole.parent)]
+    ours, theirs = ((path / "model.safetensors").read_bytes() for path in final)
+    assert ours == theirs
+
+
+def test_the_target_runs_once_per_batch_of_heads(train, monkeypatch):
+    calls = []
+    forward = alignment.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(alignment, "forward", counted)
+    replace(train, drafter=Medusa()).run()
+    assert len(calls) == train.trainer.steps
+
+
+def test_heads_read_the_target_whatever_the_objective(train):
+    long = replace(train.trainer, sequence_length=64)
+    with pytest.raises(UserError, match=r"longer than the context of LlamaForCausalLM, 48"):
+        replace(train, drafter=Medusa(), objective=CrossEntropy(), trainer=long).run()
+
+
+@pytest.mark.parametrize("first", [Medusa(num_heads=2), Blockwise(num_heads=2)], ids=str)
+def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypatch, first):
+    """In two stages; the finished folder holds the target that the heads belong to. Killed and
+    resumed it ends with the same bits."""
+    stage = replace(train, drafter=first, output=tmp_path / "first").run()
+    train = replace(
+        train,
+        drafter=HeadsCheckpoint(path=str(stage)),
+        lora=LoraSettings(rank=2),
+        objective=CrossEntropy(),
+        trainer=replace(train.trainer, learning_rate=0.05, warmup_steps=0),
+    )
+    whole = replace(train, output=tmp_path / "whole").run()
+    step = Trainer._train_step
+
+    def killed(trainer):
+        if trainer.step == 3:
+            raise SystemExit("killed")
+        step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(SystemExit):
+            train.run()
+    folder = train.run()
+    for name in ("model.safetensors", "target/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    last = [checkpoints.latest(run / "checkpoints").path for run in (train.output, whole.parent)]
+    ours, theirs = ((path / "model.safetensors").read_bytes() for path in last)
+    assert ours == theirs
+    stored = load_names(last[0])
+    assert any("lora_" in name for name in stored)
+    assert all(name.startswith("heads.") or "lora_" in name for name in stored)
+    lines = read_metrics(train.output / "metrics.jsonl")
+    assert all(line["target_kl"] > 0 for line in lines if "target_kl" in line and line["step"] > 2)
+    assert lines[0]["heldout_target_kl"] == pytest.approx(0, abs=1e-5)
+    assert lines[0]["heldout_target_agreement"] == 1
+
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "target")
+    settings = TargetSettings(path=str(folder / "target"))
+    description = json.loads((folder / "draftsmith.json").read_text())
+    check_target(description, folder, settings.load())
+    assert description["trained_from"] == str(target)
+    if description["best_step"]:
+        with pytest.raises(UserError, match="aligned to the target"):
+            check_target(description, folder, train.target.load())
+    runtime = Target(tuned)
+    drafter = load_drafter(folder, target=runtime, draft=2)
+    sampling = SamplingParams(max_new_tokens=16)
+    request = Request(id="0", prompt=[3, 4, 5], sampling=sampling)
+    (result,) = SpeculativeDecoder(runtime, drafter).generate([request])
+    ids = torch.tensor([[3, 4, 5]])
+    own = tuned.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=16, pad_token_id=0)  # fmt: skip
+    assert result.tokens == own[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("objective", [LKLambda(), EndToEndTV(block=3), GreedyAcceptance()])
+def test_objectives_of_acceptance_train(train, objective):
+    folder = replace(train, objective=objective, depth_weights=Survival()).run()
+    description = json.loads((folder / "draftsmith.json").read_text())
+    assert description["objective"]["type"] == type(objective).__name__
+    told = read_metrics(train.output / "metrics.jsonl")[-2].keys()
+    assert told >= ({"alpha_3", "accepted_length"} if objective.block == 3 else {"alpha"})
+
+
+def test_adaspec_reads_its_reference(train):
+    reference = train.run()
+    objective = AdaSPEC(reference=str(reference))
+    replace(train, objective=objective, output=train.output.parent / "second").run()
+    wrong = AdaSPEC(reference=str(train.output / "nothing"))
+    with pytest.raises(UserError, match="name a trained drafter"):
+        replace(train, objective=wrong, output=train.output.parent / "third").run()
+
+
+def test_rows_with_a_stored_top_teach_without_the_target(train, target, tmp_path):
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True, top_logprobs=4)
+    generate = Generate(
+        target=train.target, prompts=Numbers(12, seed=5), sampling=sampling, output=tmp_path / "g"
+    )
+    data = SeqKD(rows=generate.run())
+    stored = replace(train, data=data, teacher=StoredTeacher())
+    stored.run()
+    told = [line for line in read_metrics(train.output / "metrics.jsonl") if "loss" in line]
+    assert all(0 < line["alpha_lower"] <= line["alpha_upper"] <= 1 for line in told)
+    replace(stored, drafter=Medusa(num_heads=2), output=tmp_path / "heads").run()
+    told = [line for line in read_metrics(tmp_path / "heads/metrics.jsonl") if "loss" in line]
+    assert all(0 < line["alpha_2_lower"] <= line["alpha_2_upper"] <= 1 for line in told)
+    with pytest.raises(UserError, match=r"at temperature 1, not 0\.5"):
+        replace(stored, objective=ForwardKL(temperature=0.5), output=tmp_path / "other").run()
+    with pytest.raises(UserError, match="hold no top-k"):
+        replace(train, teacher=StoredTeacher(), output=tmp_path / "none").run()

@@ -1,0 +1,161 @@
+"""What heads on the target's last hidden state have in common.
+
+Head k drafts k tokens behind the root. The state it reads is that of the token before the root:
+from it the target's own head has drawn the root already.
+
+Shape legend: B sequences, W nodes of one depth, D hidden size of the target, V its vocabulary, P
+numbers that all heads of a sequence read.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from decode.models.prefix import PrefixLayer
+
+
+@dataclass(frozen=True, slots=True)
+class TargetEnds:
+    """The two ends of the target that heads share with it; its weights, never the heads' own.
+
+    Attributes:
+        embedding: tokens to [.., D].
+        output: the language-model head.
+        softcap: of its logits; None for none.
+    """
+
+    embedding: nn.Module
+    output: nn.Linear
+    softcap: float | None
+
+    @classmethod
+    def of(cls, target: PreTrainedModel) -> "TargetEnds":
+        """The ends of `target`.
+
+        Raises:
+            ValueError: its head is no linear layer.
+        """
+        output = target.get_output_embeddings()
+        if not isinstance(output, nn.Linear):
+            raise ValueError(
+                f"{type(target).__name__} has no linear language-model head, which heads begin "
+                "from; use a drafter from scratch"
+            )
+        softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
+        return cls(target.get_input_embeddings(), output, softcap)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.output.in_features
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.output.out_features
+
+
+class Heads(nn.Module):
+    """One head per depth of a draft; a family says what lies between the state and the vocabulary.
+
+    Attributes:
+        settings: what the heads were built from.
+        num_heads: depths.
+        ends: of the target.
+        outputs: vocabulary heads of their own, or None where the target's is used.
+        prefix: a layer over the target's states that comes before all heads, or None.
+        one_at_a_time: a training batch trains one head, drawn at random, not all of them.
+        reads_tokens: whether a head's prediction depends on the tokens drafted before it.
+    """
+
+    reads_tokens: ClassVar[bool] = False
+    one_at_a_time = False
+
+    def __init__(self, settings: Any, num_heads: int, ends: TargetEnds):
+        """Heads without weights yet."""
+        super().__init__()
+        self.settings = settings
+        self.num_heads = num_heads
+        self.ends = ends
+        self.outputs: nn.ModuleList | None = None
+        self.prefix: PrefixLayer | None = None
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """[.., D] states of the target to the [.., P] that every head reads."""
+        return hidden.to(next(self.parameters()).dtype)
+
+    def state(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+        """[.., D] the state of the head for `depth`, the first being 1.
+
+        Args:
+            depth: below the root.
+            prepared: [.., P].
+            tokens: [.., depth] the root and the drafted tokens below it.
+        """
+        raise NotImplementedError
+
+    def projection(self, depth: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, D] and bias [V] that make logits of the state, before the target's cap."""
+        if self.outputs is not None:
+            own = cast(nn.Linear, self.outputs[depth - 1])
+            return own.weight, own.bias
+        output = self.ends.output
+        return output.weight.detach(), None if output.bias is None else output.bias.detach()
+
+    def logits(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+        """[.., V] of the head for `depth`; arguments as for `state`."""
+        weight, bias = self.projection(depth)
+        state = self.state(depth, prepared, tokens).to(weight.dtype)
+        logits = functional.linear(state, weight, bias)
+        if self.ends.softcap is None:
+            return logits
+        return self.ends.softcap * torch.tanh(logits / self.ends.softcap)
+
+
+class ResidualBlock(nn.Module):
+    """``x + SiLU(W x + b)``; W and b begin at zero, so that it begins as the identity.
+
+    Medusa's (Cai et al. 2024, section 2.1.1). More may be read than is passed on: the residual is
+    the first D numbers of the input.
+    """
+
+    def __init__(self, hidden_size: int, input_size: int | None = None):
+        """[.., `input_size`] to [.., `hidden_size`], by default the same."""
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.linear = nn.Linear(input_size or hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block."""
+        return x[..., : self.hidden_size] + functional.silu(self.linear(x))
+
+
+def vocabulary_heads(num_heads: int, ends: TargetEnds) -> nn.ModuleList:
+    """Heads [V, D] of their own, which begin as copies of the target's."""
+    copies = []
+    for _ in range(num_heads):
+        copy = nn.Linear(
+            ends.hidden_size,
+            ends.vocab_size,
+            bias=ends.output.bias is not None,
+            device=ends.output.weight.device,
+        )
+        with torch.no_grad():
+            copy.weight.copy_(ends.output.weight)
+            if copy.bias is not None:
+                copy.bias.copy_(ends.output.bias)
+        copies.append(copy)
+    return nn.ModuleList(copies)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse, by name, counts below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")

@@ -1,0 +1,53 @@
+"""A decoder layer over the target's states: Hydra++'s prefix attention."""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+HEAD_SIZE = 64
+
+
+class PrefixLayer(nn.Module):
+    """What heads read then holds more of the text before it (Ankner et al. 2024).
+
+    One Llama layer, which begins as the identity: what it adds is zero at first.
+    """
+
+    def __init__(self, hidden_size: int, seed: int):
+        """A layer for states of `hidden_size`, its weights drawn from `seed`."""
+        super().__init__()
+        self.hidden_size = hidden_size
+        num_heads = hidden_size // HEAD_SIZE if hidden_size % HEAD_SIZE == 0 else 1
+        config = LlamaConfig(
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_attention_heads=num_heads,
+            attn_implementation="sdpa",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer = LlamaDecoderLayer(config, layer_idx=0)
+        nn.init.zeros_(self.layer.self_attn.o_proj.weight)
+        nn.init.zeros_(self.layer.mlp.down_proj.weight)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """[B, N, D] states to as many, each having seen those before it.
+
+        Args:
+            hidden: [B, N, D].
+            mask: [B, 1, N, L], boolean or additive.
+            positions: [B, N].
+            cache: keys and values of the states before.
+        """
+        hidden = hidden.to(self.layer.self_attn.q_proj.weight.dtype)
+        output: Tensor = self.layer(
+            hidden,
+            attention_mask=mask,
+            past_key_values=cache,
+            position_embeddings=self.rotary(hidden, positions),
+        )
+        return output

@@ -1,0 +1,143 @@
+"""Heads and their target trained together: Medusa-2, and blockwise heads on a fine-tuned backbone.
+
+The target learns through low-rank adapters, and is held to what it was by the KL divergence from
+itself without them (Cai et al. 2024, section 2.2.2 and self-distillation, section 2.3.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from decode.models import Heads
+from distill.alignment import Aligned, Alignment, Depth
+from distill.alignment.lm import LiveTarget, at_predicting_places
+from distill.batches import Batch
+from distill.chunked import projected_loss
+from distill.objectives import ForwardKL, LossTerms
+from distill.states import States
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings:
+    """How heads and target share a training.
+
+    Attributes:
+        heads_weight: of the heads' loss beside the divergence that holds the target (λ_0).
+        target_rate: the adapters' learning rate as a share of the heads'.
+    """
+
+    heads_weight: float = 0.2
+    target_rate: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what trains nothing."""
+        if not (self.heads_weight > 0 and self.target_rate > 0):
+            raise ValueError(
+                "heads_weight and target_rate must be > 0, got "
+                f"{self.heads_weight} and {self.target_rate}"
+            )
+
+
+class Joint(nn.Module):
+    """What is trained: the heads, and the adapters in the target."""
+
+    def __init__(self, heads: Heads, target: Any):
+        """`target` is a peft model."""
+        super().__init__()
+        self.heads = heads
+        self.target = target
+
+    def train(self, mode: bool = True) -> "Joint":
+        """The target is always run as it serves, without dropout."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
+
+def drafter_in(trained: nn.Module) -> nn.Module:
+    """What drafts: the heads, where they are trained with their target."""
+    return trained.heads if isinstance(trained, Joint) else trained
+
+
+class AdaptedTarget(LiveTarget):
+    """A target with adapters: its states come with them, what it teaches comes without."""
+
+    def __init__(self, adapted: Any, model: PreTrainedModel, layers: tuple[int, ...]):
+        """`adapted` is the peft model over `model`."""
+        super().__init__(model, layers)
+        self._adapted = adapted
+        self._with = LiveTarget(model, layers)
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> States:
+        """What the target said before it was trained."""
+        with self._adapted.disable_adapter():
+            return super().signal(batch)
+
+    def states(self, batch: Batch) -> dict[int, Tensor]:
+        """Layer -> hidden states [B, L, D], through which the adapters learn."""
+        return self._with._run(batch)[1]
+
+    def own(self, batch: Batch) -> Depth:
+        """Its own predictions of the learnt tokens."""
+        everywhere = self._with._run(batch)[0]
+        states = States(*at_predicting_places(everywhere, self._with._head, batch))
+        return Depth(states, batch.input_ids[:, 1:][batch.loss_mask[:, 1:]])
+
+
+class JointAlignment:
+    """The heads' alignment, inside `Joint`."""
+
+    def __init__(self, heads: Alignment):
+        """Align the heads as `heads` does."""
+        self._heads = heads
+
+    def align(self, drafter: nn.Module, batch: Batch) -> Aligned:
+        """One depth per head."""
+        assert isinstance(drafter, Joint)
+        return self._heads.align(drafter.heads, batch)
+
+
+class Anchor:
+    """Holds the target while its heads are trained with it."""
+
+    def __init__(self, target: AdaptedTarget, heads_weight: float):
+        """KL from `target` as it was, beside `heads_weight` times the heads' loss."""
+        self._target = target
+        self._heads_weight = heads_weight
+
+    def added(self, terms: LossTerms, batch: Batch) -> LossTerms:
+        """The heads' terms with the target's own: `target_kl` and `target_agreement`."""
+        held = projected_loss(
+            Aligned((self._target.own(batch),)), self._target.signal(batch), ForwardKL()
+        )
+        moved = {
+            "target_kl": (held.loss.detach(), held.num_tokens),
+            "target_agreement": held.metrics["top1_agreement"],
+        }
+        loss = held.loss + self._heads_weight * terms.loss
+        return LossTerms(loss, terms.num_tokens, {**terms.metrics, **moved})
+
+
+@torch.inference_mode()
+def moved(joint: Joint, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far the target has moved from itself, per token of `texts`.
+
+    Returns:
+        `target_kl`, from what it was to what it is, and `target_agreement`, how often both have the
+        same likeliest token.
+    """
+    kl, agreed, count = 0.0, 0, 0
+    for text in texts:
+        ids = torch.tensor([list(text)], device=joint.target.device)
+        now = joint.target(input_ids=ids).logits[0].float().log_softmax(-1)
+        with joint.target.disable_adapter():
+            before = joint.target(input_ids=ids).logits[0].float().log_softmax(-1)
+        kl += float((before.exp() * (before - now)).sum())
+        agreed += int((before.argmax(-1) == now.argmax(-1)).sum())
+        count += len(text)
+    return {"target_kl": kl / count, "target_agreement": agreed / count}

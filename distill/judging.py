@@ -1,0 +1,85 @@
+"""A chunk judged: the objective's sums, and the acceptance that target and drafter imply.
+
+Shape legend: K depths of a draft, T places, O outcomes (all tokens, or a stored top-k and a tail).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.depth_weights import DepthWeights
+from distill.laws import Compared
+from distill.objectives import LossTerms, Objective
+
+
+def judged(
+    objective: Objective,
+    depth_weights: DepthWeights,
+    depths: Sequence[Compared],
+    labels: Sequence[Tensor],
+    valid: Sequence[Tensor | None],
+) -> tuple[LossTerms, list[Tensor]]:
+    """The objective of a chunk: its sums, and the derivatives by each depth's log-probabilities.
+
+    Told besides, per depth where there are several: `alpha`, the expected acceptance rate of a
+    drafter that samples at the objective's temperature, Σ min(p, q) (Leviathan et al. 2023,
+    theorem 3.5), or its bounds `alpha_lower` and `alpha_upper` where the target's tail is lumped;
+    `greedy_alpha`, p(argmax q), that of one that drafts greedily; `top1_agreement`, that at
+    temperature 0; and `accepted_length` of drafts of all depths. Without a target, `accuracy`.
+    """
+    exists = [
+        torch.ones_like(truth, dtype=torch.bool) if there is None else there
+        for truth, there in zip(labels, valid, strict=True)
+    ]
+    is_real = torch.stack(exists).to(depths[0].draft.probs.dtype)  # [K, T]
+    metrics: dict[str, tuple[Tensor, Tensor]] = {}
+    rates: dict[str, list[Tensor]] = {}
+    for number, (compared, truth) in enumerate(zip(depths, labels, strict=True)):
+        suffix = f"_{number + 1}" if len(depths) > 1 else ""
+        told = _rates(compared) if objective.needs_target else _hits(compared, truth)
+        for name, rate in told.items():
+            rate = rate * is_real[number]
+            metrics[_numbered(name, suffix)] = (rate.sum(), is_real[number].sum())
+            rates.setdefault(name, []).append(rate)
+    if len(depths) > 1:
+        for name in ("alpha", "alpha_lower", "alpha_upper", "accuracy"):
+            if name in rates:  # a draft is accepted up to its first rejected token
+                length = torch.stack(rates[name]).cumprod(0).sum()
+                told_as = name.replace("accuracy", "alpha").replace("alpha", "accepted_length")
+                metrics[told_as] = (length, is_real[0].sum())
+    main = next(name for name in ("alpha", "alpha_upper", "accuracy") if name in rates)
+    weights = depth_weights.weights(torch.stack(rates[main])) * is_real
+    loss, slopes = objective.judge(depths, weights)
+    return LossTerms(loss, is_real.sum(), metrics), slopes
+
+
+def _numbered(name: str, suffix: str) -> str:
+    """alpha_lower of depth 1 is alpha_1_lower."""
+    head, _, tail = name.partition("_")
+    return f"{head}{suffix}_{tail}" if tail in ("lower", "upper") else f"{name}{suffix}"
+
+
+def _rates(compared: Compared) -> dict[str, Tensor]:
+    """Acceptance rates [T] that the two distributions imply."""
+    target, draft, lumped = compared.target.probs, compared.draft.probs, compared.lumped
+    drafted = compared.token_probs.argmax(-1, keepdim=True)
+    both = torch.minimum(target, draft)
+    if lumped is None:
+        greedy = target.gather(-1, drafted)[:, 0]
+        agreed = (greedy == target.amax(-1)).to(greedy.dtype)
+        return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
+    known = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
+    likeliest = lumped.ids.gather(-1, target[:, :-1].argmax(-1, keepdim=True))
+    return {
+        "alpha_lower": both[:, :-1].sum(-1),
+        "alpha_upper": both.sum(-1),
+        "greedy_alpha_lower": known,
+        "top1_agreement": (likeliest == drafted)[:, 0].to(known.dtype),
+    }
+
+
+def _hits(compared: Compared, labels: Tensor) -> dict[str, Tensor]:
+    """Where the likeliest token is the label, [T]."""
+    drafted = compared.token_probs.argmax(-1)
+    return {"accuracy": (drafted == labels).to(compared.token_probs.dtype)}

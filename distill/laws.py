@@ -1,0 +1,177 @@
+"""What the target says about a token, and drafter and target over the same outcomes.
+
+The target says it in full logits, or in its k likeliest tokens and the mass of all others. Then
+the others are lumped into one outcome, for the drafter too: a divergence over these k + 1 outcomes
+is a lower bound of the one over all tokens (lumping loses what distinguishes the lumped), and so
+Σ min over the k <= α <= Σ min over the k + 1.
+
+Shape legend: T places, V vocabulary, k stored tokens, O outcomes (V, or k + 1 with the tail last).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = -1e3  # stands for log 0, so that 0·log 0 is 0 and no infinity meets another
+
+
+@dataclass(frozen=True, slots=True)
+class FullLaw:
+    """The target's logits.
+
+    Attributes:
+        logits: [T, V] float32 or float64.
+    """
+
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TopLaw:
+    """The target's likeliest tokens.
+
+    Attributes:
+        ids: [T, k], different ones at each place.
+        logprobs: [T, k] at temperature 1.
+        tail_mass: [T] the probability of all other tokens.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_mass: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> "TopLaw":
+        """What it says about these of the T tokens."""
+        return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
+
+    def to(self, device: torch.device | str) -> "TopLaw":
+        """The same on another device."""
+        return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))
+
+    @staticmethod
+    def cat(laws: Sequence["TopLaw"]) -> "TopLaw":
+        """One behind the other; all have as many tokens."""
+        return TopLaw(
+            torch.cat([law.ids for law in laws]).long(),
+            torch.cat([law.logprobs for law in laws]),
+            torch.cat([law.tail_mass for law in laws]),
+        )
+
+
+TargetLaw = FullLaw | TopLaw
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """One side's distribution over the outcomes.
+
+    Attributes:
+        logprobs: [T, O], not below `FLOOR`.
+        probs: [T, O].
+    """
+
+    logprobs: Tensor
+    probs: Tensor
+
+    @staticmethod
+    def of(logits: Tensor) -> "Outcomes":
+        """Of logits [T, O]."""
+        probs = logits.softmax(-1)
+        return Outcomes((logits - log_sum(logits, probs)).clamp_(min=FLOOR), probs)
+
+
+def log_sum(logits: Tensor, probs: Tensor) -> Tensor:
+    """Log Σ exp z, [T, 1], of logits whose softmax is there: one pass of exponentials fewer.
+
+    The likeliest token tells it: log q = z - log Σ exp z, and its q does not underflow.
+    """
+    return logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Target and drafter over the same outcomes, at one depth of T places.
+
+    Attributes:
+        target: p.
+        draft: q.
+        lumped: the law whose tokens the outcomes are, or None where every token is one.
+        token_probs: [T, V] the drafter's, all tokens apart.
+        temperature: of both.
+    """
+
+    target: Outcomes
+    draft: Outcomes
+    lumped: TopLaw | None
+    token_probs: Tensor
+    temperature: float
+
+    @staticmethod
+    def at(law: TargetLaw, draft_logits: Tensor, temperature: float) -> "Compared":
+        """Compare the drafter's logits [T, V] with what the target says, both at a temperature.
+
+        Where the two are padded to different vocabularies, ids that only one of them has stand for
+        no token and are left out.
+        """
+        if isinstance(law, TopLaw):
+            return _lumped(law, draft_logits, temperature)
+        width = min(law.logits.shape[-1], draft_logits.shape[-1])
+        target_logits, draft_logits = law.logits[:, :width], draft_logits[:, :width]
+        if temperature != 1:  # a pass over [T, V] each, so only where it changes something
+            target_logits, draft_logits = target_logits / temperature, draft_logits / temperature
+        draft = Outcomes.of(draft_logits)
+        return Compared(Outcomes.of(target_logits), draft, None, draft.probs, temperature)
+
+    def target_of_tokens(self) -> Outcomes:
+        """The target where only single tokens count: of the tail it is not known which one."""
+        if self.lumped is None:
+            return self.target
+        logprobs, probs = self.target.logprobs.clone(), self.target.probs.clone()
+        logprobs[:, -1], probs[:, -1] = FLOOR, 0
+        return Outcomes(logprobs, probs)
+
+    def logit_gradient(self, slope: Tensor) -> Tensor:
+        """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].
+
+        With ``log q = z - log Σ exp z`` it is ``s - q Σ s``; of what the tail gets each of its
+        tokens has its share q_j / q_tail. `slope` is overwritten.
+        """
+        total = slope.sum(-1, keepdim=True)
+        gradient = slope.addcmul_(self.draft.probs, total, value=-1)
+        if self.lumped is not None:
+            tail = self.draft.probs[:, -1:].clamp(min=torch.finfo(slope.dtype).tiny)
+            of_tokens = self.token_probs * (gradient[:, -1:] / tail)
+            gradient = of_tokens.scatter_(-1, self.lumped.ids, gradient[:, :-1])
+        return gradient if self.temperature == 1 else gradient.div_(self.temperature)
+
+
+def point_mass(labels: Tensor) -> TopLaw:
+    """The law that has no doubt about its labels [T]: forward KL from it is cross-entropy."""
+    certain = torch.zeros(len(labels), 1, device=labels.device)
+    return TopLaw(labels[:, None], certain, certain[:, 0])
+
+
+def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float) -> Compared:
+    if temperature != 1:
+        raise ValueError(
+            f"stored log-probabilities are the target's at temperature 1, not {temperature}; "
+            "let the target run beside the drafter (teacher=live)"
+        )
+    tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
+    target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)
+    target_logprobs = target_logprobs.to(draft_logits.dtype).clamp_(min=FLOOR)
+    token_probs = draft_logits.softmax(-1)
+    normaliser = log_sum(draft_logits, token_probs)
+    probs = token_probs.gather(-1, law.ids)
+    # Summed without the top, not 1 - Σ top: a small tail would drown in the rounding of 1.
+    tail = token_probs.scatter(-1, law.ids, 0).sum(-1, keepdim=True)
+    logprobs = torch.cat([draft_logits.gather(-1, law.ids) - normaliser, tail.log()], -1)
+    return Compared(
+        Outcomes(target_logprobs, target_logprobs.exp()),
+        Outcomes(logprobs.clamp_(min=FLOOR), torch.cat([probs, tail], -1)),
+        law,
+        token_probs,
+        temperature,
+    )
