@@ -38,8 +38,7 @@ class LMDrafter(Drafter):
         """
         self.length = Constant(draft_length) if isinstance(draft_length, int) else draft_length
         self.reader = Reader(model, target=target)
-        # Of the last drafts: their lengths, and slot -> how sure of each token, where one looks.
-        self._drafted: list[int] = []
+        # slot -> how sure of each token of the last draft, where that is looked at
         self._confidences: dict[int, list[float]] = {}
 
     def begin(self, slot: int, prompt: Tensor, hidden: Mapping[int, Tensor]) -> None:
@@ -51,7 +50,7 @@ class LMDrafter(Drafter):
         """Chains as long as `draft_length` says, shorter where `context.room` is."""
         reader = self.reader
         slots = context.slots.tolist()
-        counts = self._drafted = reader.depths(context, self.length.choose(slots))
+        counts = reader.depths(context, self.length.choose(slots))
         roots = context.roots.to(reader.device)
         longest = max(counts)
         if longest == 0:
@@ -104,8 +103,9 @@ class LMDrafter(Drafter):
         kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
         slots = context.slots.tolist()
         self.reader.cache.truncate(slots, kept)
+        drafted = [count - 1 for count in draft.num_nodes.tolist()]
         confidences = [self._confidences.get(slot, []) for slot in slots]
-        self.length.observe(slots, self._drafted, accepted, confidences)
+        self.length.observe(slots, drafted, accepted, confidences)
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""
