@@ -5,7 +5,7 @@ Shape legend: B packs, L places of a pack.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
+from distill.laws import TopLaw
 from distill.prompts import PromptSettings
-from distill.store import RowStore
+from distill.store import Row, RowStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,14 @@ class Example:
         prompt_ids: what is given.
         output_ids: what is learnt.
         learn_prompt: whether the prompt's tokens are learnt too.
+        top: what the target said about each output token, where it was stored. After a cut it may
+            go on behind the outputs.
     """
 
     prompt_ids: list[int]
     output_ids: list[int]
     learn_prompt: bool = False
+    top: TopLaw | None = field(default=None, compare=False)
 
     @property
     def ids(self) -> list[int]:
@@ -41,6 +45,13 @@ class Example:
         """Which tokens are learnt; the first never is, since nothing stands before it."""
         mask = [self.learn_prompt] * len(self.prompt_ids) + [True] * len(self.output_ids)
         return [False, *mask[1:]]
+
+    @property
+    def learnt_top(self) -> TopLaw | None:
+        """What was stored about the learnt tokens, or None where some have nothing."""
+        if self.top is None or (self.learn_prompt and len(self.prompt_ids) > 1):
+            return None
+        return self.top[slice(0 if self.prompt_ids else 1, len(self.output_ids))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,11 @@ class SeqKD:
         rows = sorted(RowStore(self.rows).rows(), key=lambda row: row.key)
         if not rows:
             raise UserError("there are no rows", self.rows, "run `draftsmith generate` first")
-        return [Example(row.prompt_ids, row.output_ids, self.learn_prompt) for row in rows]
+        k = min((len(ids) for row in rows for ids in row.top_ids or ()), default=0)
+        return [
+            Example(row.prompt_ids, row.output_ids, self.learn_prompt, _stored_top(row, k))
+            for row in rows
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +136,15 @@ class Batch:
         position_ids: [B, L] int64; they start anew with every example.
         segment_ids: [B, L] int64; the example within the pack, 0 is padding.
         loss_mask: [B, L] bool; the token at this place is predicted from the place before.
+        top: what was stored about the learnt tokens, in row-major order; None where some have
+            nothing.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segment_ids: Tensor
     loss_mask: Tensor
+    top: TopLaw | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
@@ -135,6 +153,7 @@ class Batch:
             self.position_ids.to(device),
             self.segment_ids.to(device),
             self.loss_mask.to(device),
+            None if self.top is None else self.top.to(device),
         )
 
     def attention_mask(self) -> Tensor:
@@ -176,6 +195,15 @@ def pack(examples: Sequence[Example], sequence_length: int) -> list[Pack]:
     return packs
 
 
+def _stored_top(row: Row, k: int) -> TopLaw | None:
+    """The k likeliest tokens at each output place; rows may have stored more than others."""
+    if row.top_ids is None or row.top_logprobs is None or row.tail_mass is None or not k:
+        return None
+    logprobs = torch.tensor(row.top_logprobs)
+    tail_mass = torch.tensor(row.tail_mass) + logprobs[:, k:].exp().sum(-1)
+    return TopLaw(torch.tensor(row.top_ids, dtype=torch.int32)[:, :k], logprobs[:, :k], tail_mass)
+
+
 def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     """Packs as tensors."""
     shape = (len(packs), sequence_length)
@@ -190,7 +218,10 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
             segments[row, begin:end] = number
             loss_mask[row, begin:end] = torch.tensor(example.loss_mask)
             begin = end
-    return Batch(input_ids, positions, segments, loss_mask)
+    tops = [example.learnt_top for examples in packs for example in examples]
+    stored = [top for top in tops if top is not None]
+    top = TopLaw.cat(stored) if stored and len(stored) == len(tops) else None
+    return Batch(input_ids, positions, segments, loss_mask, top)
 
 
 class BatchStream:

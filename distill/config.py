@@ -83,6 +83,8 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("depth_weights", "uniform", "distill.depth_weights.Uniform"),
     ("depth_weights", "decay", "distill.depth_weights.Decay"),
     ("depth_weights", "survival", "distill.depth_weights.Survival"),
+    ("teacher", "live", "distill.teachers.stored.LiveTeacher"),
+    ("teacher", "stored", "distill.teachers.stored.StoredTeacher"),
     ("data", "seq_kd", "distill.batches.SeqKD"),
     ("data", "text", "distill.batches.Text"),
     ("trainer", "loop", "distill.loop.TrainerSettings"),

@@ -20,14 +20,14 @@ class Family:
     Attributes:
         is_lm: its drafters are causal LMs on their own, with a vocabulary and a context.
         layers: of the target whose states they read.
-        alignment: what they feed the objective; the live target is there where layers of it are
-            read. The number is how many tokens of a language model are judged together.
+        alignment: what they feed the objective; heads read layers of the live target. The number
+            is how many tokens of a language model are judged together.
         save: write a trained one.
     """
 
     is_lm: bool
     layers: Callable[[PreTrainedModel], tuple[int, ...]]
-    alignment: Callable[[nn.Module, PreTrainedModel, LiveTarget | None, int], Alignment]
+    alignment: Callable[[nn.Module, PreTrainedModel, LiveTarget, int], Alignment]
     save: Callable[[nn.Module, Path], None]
 
 
@@ -41,14 +41,13 @@ def _last_layer(target: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _align_heads(
-    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget | None, block: int
+    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget, block: int
 ) -> Alignment:
-    assert live is not None
     return HeadsAlignment(live, *_last_layer(target))
 
 
 def _align_lm(
-    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget | None, block: int
+    drafter: nn.Module, target: PreTrainedModel, live: LiveTarget, block: int
 ) -> Alignment:
     assert isinstance(drafter, PreTrainedModel)
     return LMAlignment(drafter, block)

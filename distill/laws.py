@@ -8,12 +8,13 @@ is a lower bound of the one over all tokens (lumping loses what distinguishes th
 Shape legend: T places, V vocabulary, k stored tokens, O outcomes (V, or k + 1 with the tail last).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FLOOR = -1e4  # stands for log 0, so that 0·log 0 is 0 and no infinity meets another
+FLOOR = -1e3  # stands for log 0, so that 0·log 0 is 0 and no infinity meets another
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,23 @@ class TopLaw:
     logprobs: Tensor
     tail_mass: Tensor
 
+    def __getitem__(self, rows: slice | Tensor) -> "TopLaw":
+        """What it says about these of the T tokens."""
+        return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
+
+    def to(self, device: torch.device | str) -> "TopLaw":
+        """The same on another device."""
+        return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))
+
+    @staticmethod
+    def cat(laws: Sequence["TopLaw"]) -> "TopLaw":
+        """One behind the other; all have as many tokens."""
+        return TopLaw(
+            torch.cat([law.ids for law in laws]).long(),
+            torch.cat([law.logprobs for law in laws]),
+            torch.cat([law.tail_mass for law in laws]),
+        )
+
 
 TargetLaw = FullLaw | TopLaw
 
@@ -60,8 +78,16 @@ class Outcomes:
     @staticmethod
     def of(logits: Tensor) -> "Outcomes":
         """Of logits [T, O]."""
-        logprobs = logits.log_softmax(-1).clamp_(min=FLOOR)
-        return Outcomes(logprobs, logprobs.exp())
+        probs = logits.softmax(-1)
+        return Outcomes((logits - log_sum(logits, probs)).clamp_(min=FLOOR), probs)
+
+
+def log_sum(logits: Tensor, probs: Tensor) -> Tensor:
+    """Log Σ exp z, [T, 1], of logits whose softmax is there: one pass of exponentials fewer.
+
+    The likeliest token tells it: log q = z - log Σ exp z, and its q does not underflow.
+    """
+    return logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +163,11 @@ def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float) -> Compared:
     target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)
     target_logprobs = target_logprobs.to(draft_logits.dtype).clamp_(min=FLOOR)
     token_probs = draft_logits.softmax(-1)
-    # log q = z - log Σ exp z; the likeliest token of all tells the sum, which never underflows.
-    likeliest = draft_logits.amax(-1, keepdim=True)
-    log_sum = likeliest - token_probs.amax(-1, keepdim=True).log()
+    normaliser = log_sum(draft_logits, token_probs)
     probs = token_probs.gather(-1, law.ids)
     # Summed without the top, not 1 - Σ top: a small tail would drown in the rounding of 1.
     tail = token_probs.scatter(-1, law.ids, 0).sum(-1, keepdim=True)
-    logprobs = torch.cat([draft_logits.gather(-1, law.ids) - log_sum, tail.log()], -1)
+    logprobs = torch.cat([draft_logits.gather(-1, law.ids) - normaliser, tail.log()], -1)
     return Compared(
         Outcomes(target_logprobs, target_logprobs.exp()),
         Outcomes(logprobs.clamp_(min=FLOOR), torch.cat([probs, tail], -1)),

@@ -26,6 +26,7 @@ from decode import (
 )
 from decode.drafters import Chains
 from decode.models import CheckpointLM, Heads
+from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example
 from distill.config import command
@@ -49,6 +50,7 @@ from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.run_folder import RunFolder, content_hash, describe, environment
 from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
+from distill.teachers.stored import LiveTeacher
 from distill.tracking import NoTracker, Tracker
 
 DRAFTER = "drafter"
@@ -72,6 +74,16 @@ class TrainingData(Protocol):
         ...
 
 
+class TeacherSettings(Protocol):
+    """Where the target's distribution comes from."""
+
+    def build(
+        self, live: LiveTarget, examples: Sequence[Example], objective: Objective, vocab_size: int
+    ) -> Teacher:
+        """The teacher; UserError where it has nothing to say about these examples."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a drafter; the best checkpoint is the one with the best τ on held-out prompts.
@@ -80,6 +92,7 @@ class Train:
         target: whose output it learns to predict.
         drafter: where it begins.
         objective: what is minimised.
+        teacher: where the target's distribution comes from, for objectives that ask.
         depth_weights: how much each token of a draft counts, where several are predicted at once.
         data: what it reads.
         trainer: how.
@@ -99,6 +112,7 @@ class Train:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafter: DrafterSettings
     objective: Objective
+    teacher: TeacherSettings = field(default_factory=LiveTeacher)
     depth_weights: DepthWeights = field(default_factory=Uniform)
     data: TrainingData
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -142,7 +156,7 @@ class Train:
         elif self.lora:
             adapted = self.lora.wrap(drafter)
         trainer = Trainer(
-            self._trainee(trained, target, accelerator.device),
+            self._trainee(trained, target, examples, accelerator.device),
             BatchStream(
                 examples,
                 sequence_length=self.trainer.sequence_length,
@@ -171,24 +185,31 @@ class Train:
         accelerator.wait_for_everyone()
         return finished
 
-    def _trainee(self, trained: nn.Module, target: LoadedTarget, device: torch.device) -> Trainee:
+    def _trainee(
+        self,
+        trained: nn.Module,
+        target: LoadedTarget,
+        examples: Sequence[Example],
+        device: torch.device,
+    ) -> Trainee:
         """Drafter, or heads with their target, and how they are taught."""
         drafter = drafter_in(trained)
         family = FAMILIES[family_of(drafter)]
         layers = family.layers(target.model)
-        live: LiveTarget | None = None
-        anchor = None
+        live, anchor, teacher = LiveTarget(target.model, layers), None, None
         if isinstance(trained, Joint):
             live = adapted = AdaptedTarget(trained.target, target.model, layers)
             anchor = Anchor(adapted, self.joint.heads_weight)
-        elif layers or self.objective.needs_target:
-            live = LiveTarget(target.model, layers)
+        if self.objective.needs_target:
+            lm = drafter if isinstance(drafter, PreTrainedModel) else target.model
+            vocab_size = lm.config.get_text_config().vocab_size
+            teacher = self.teacher.build(live, examples, self.objective, vocab_size)
         alignment = family.alignment(drafter, target.model, live, self.objective.block)
         return Trainee(
             trained,
             alignment if anchor is None else JointAlignment(alignment),
             self.objective,
-            live,
+            teacher,
             self.trainer.precision,
             depth_weights=self.depth_weights,
             selection=self._selection(target, device),
@@ -365,6 +386,9 @@ def _data_hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:  # their order counts: the seed shuffles from there
         digest.update(repr((example.ids, example.loss_mask)).encode())
+        if example.top is not None:
+            for stored in (example.top.ids, example.top.logprobs, example.top.tail_mass):
+                digest.update(stored.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -293,9 +293,9 @@ def test_a_stored_top_bounds_the_acceptance_rate():
 def test_every_objective_is_learnt(objective, is_half):
     """Free hidden states and weights come nearer to the target by plain descent."""
     hidden, weight, bias, labels, target = inputs(torch.float32)
-    optimizer = torch.optim.Adam([hidden, weight, bias], lr=0.05)
+    optimizer = torch.optim.Adam([hidden, weight, bias], lr=0.1)
     losses = []
-    for _ in range(150):
+    for _ in range(40):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
             aligned = one(States(hidden, Head(weight, bias)), labels)
             terms = projected_loss(aligned, target, objective)
@@ -303,7 +303,7 @@ def test_every_objective_is_learnt(objective, is_half):
         terms.loss.backward()
         optimizer.step()
         losses.append(terms)
-    assert losses[-1].loss < 0.6 * losses[0].loss
+    assert losses[-1].loss < 0.75 * losses[0].loss
     rate = "greedy_alpha" if type(objective).__name__ == "GreedyAcceptance" else "alpha"
     assert losses[-1].metrics[rate][0] > losses[0].metrics[rate][0]
 

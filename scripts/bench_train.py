@@ -1,0 +1,217 @@
+"""Time our training loop beside TRL's off-policy GKD: tokens per second and peak memory.
+
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
+    python scripts/bench_train.py --trl-python trl/bin/python
+
+Teacher of 8 layers of width 256, student of 1 layer of 128, both Llamas with random weights and
+8,192 ids; 8 sequences of 512 tokens per step, of which the last three quarters are learnt; one
+thread. Every run is a process of its own; they alternate, round after round, and the median over
+rounds counts. Ours goes through `Trainer`, as `draftsmith train` does. `--json FILE` writes
+
+    tokens_per_s_over_trl         forward KL beside the live teacher / TRL's better setting of two:
+                                  float32, and its defaults (bf16 autocast, checkpointed gradients)
+    stored_tokens_per_s_over_trl  the same from 16 stored log-probabilities per token
+    jsd_tokens_per_s_over_trl     JSD(0.5) beside the live teacher / TRL's in float32
+    peak_memory_over_trl          of the process: ours with the live teacher / TRL's smaller one
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from distill.alignment.lm import LiveTarget, LMAlignment
+from distill.batches import BatchStream, Example
+from distill.laws import TopLaw
+from distill.loop import Schedule, Trainee, Trainer, TrainerSettings
+from distill.objectives import ForwardKL, JensenShannon
+from distill.standard_library import pieces
+from distill.teachers.stored import StoredTop
+from distill.tracking import NoTracker, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, LENGTH, BATCH, TOP = 8192, 512, 8, 16
+WARM_UP = 2
+TEMPLATE = (
+    "{% for m in messages %}{{ '# ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '# assistant\n' }}{% endif %}"
+)
+OURS = ("live", "stored", "live_jsd")
+TRL = ("forward_kl", "forward_kl_defaults", "jsd")
+Figures = dict[str, float]
+
+
+def prepare(folder: Path, steps: int) -> None:
+    """Write models, token ids [N, LENGTH], and the teacher's likeliest tokens at each of them."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "distill" / "embedded_target")
+    tokenizer.chat_template = TEMPLATE
+    for name, layers, width in (("teacher", 8, 256), ("student", 1, 128)):
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3 // 32 * 32,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    needed = BATCH * (steps + 2) * LENGTH
+    flat: list[int] = []
+    for piece in pieces("distill"):
+        flat += tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(flat) >= needed:
+            break
+    ids = np.array(flat[:needed]).reshape(-1, LENGTH)
+    np.save(folder / "ids.npy", ids)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    tops = []
+    with torch.no_grad():
+        for row in torch.from_numpy(ids):
+            logprobs, top = teacher(row[None]).logits[0].log_softmax(-1)[:-1].topk(TOP)
+            tops.append(TopLaw(top.int(), logprobs, 1 - logprobs.exp().sum(-1)))
+    torch.save([(top.ids, top.logprobs, top.tail_mass) for top in tops], folder / "top.pt")
+
+
+def ours(folder: Path, mode: str, steps: int) -> Figures:
+    """Train `steps` steps in this process."""
+    ids = np.load(folder / "ids.npy").tolist()
+    quarter = LENGTH // 4
+    tops: list[TopLaw | None] = [None] * len(ids)
+    if mode == "stored":  # row n of a law is about token n + 1
+        stored = torch.load(folder / "top.pt")
+        tops = [TopLaw(*law)[slice(quarter - 1, None)] for law in stored]
+    examples = [
+        Example(row[:quarter], row[quarter:], top=top) for row, top in zip(ids, tops, strict=True)
+    ]
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    teacher: Any = StoredTop()
+    if mode != "stored":
+        teacher = LiveTarget(
+            AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+        )
+    settings = TrainerSettings(
+        steps=steps,
+        batch_size=BATCH,
+        micro_batch_size=BATCH,
+        sequence_length=LENGTH,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        schedule=Schedule.constant,
+        log_every=1,
+        checkpoint_every=steps,
+        num_threads=1,
+    )
+    objective = JensenShannon() if mode == "live_jsd" else ForwardKL()
+    output = Path(tempfile.mkdtemp(dir=folder))
+    trainer = Trainer(
+        Trainee(student, LMAlignment(student), objective, teacher, settings.precision),
+        BatchStream(examples, sequence_length=LENGTH, batch_size=BATCH, seed=0),
+        settings,
+        folder=output,
+        accelerator=Accelerator(cpu=True),
+        tracker=NoTracker().start(output, {}),
+    )
+    trainer.run()
+    lines = read_metrics(output / "metrics.jsonl")
+    first, last = lines[WARM_UP - 1], lines[-1]
+    before = 0.0
+    seconds = 0.0
+    for line in lines:
+        if line["step"] > first["step"]:
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+        before = line["tokens"]
+    return {
+        "tokens_per_s": (last["tokens"] - first["tokens"]) / seconds,
+        "loss": last["loss"],
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def timed(python: str, arguments: list[str]) -> Figures:
+    """What a process of its own says on its last line."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if "trl_baseline.py" in arguments[0]:
+        del environment["PYTHONPATH"]
+    done = subprocess.run([python, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    """Alternate, and print the medians."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trl-python", help="the interpreter of an environment with trl 1.16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="the first two are not timed")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "MODE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        torch.set_num_threads(1)
+        print(json.dumps(ours(Path(arguments.one[0]), arguments.one[1], arguments.steps)))
+        return
+    runs: dict[str, list[Figures]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, arguments.steps)
+        steps = str(arguments.steps)
+        for _ in range(arguments.rounds):
+            for mode in OURS:
+                call = [__file__, "--one", name, mode, "--steps", steps]
+                runs.setdefault(mode, []).append(timed(sys.executable, call))
+            for mode in TRL if arguments.trl_python else ():
+                call = [str(ROOT / "scripts" / "trl_baseline.py"), name, mode, steps]
+                runs.setdefault(f"trl_{mode}", []).append(timed(arguments.trl_python, call))
+    median = {
+        mode: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for mode, found in runs.items()
+    }
+    print(f"{'':24} {'tokens/s':>9} {'rounds':>24} {'peak MB':>8} {'loss':>8}")
+    for mode, figures in median.items():
+        rounds = " ".join(f"{run['tokens_per_s']:.0f}" for run in runs[mode])
+        print(
+            f"{mode:24} {figures['tokens_per_s']:9.0f} {rounds:>24} {figures['peak_mb']:8.0f} "
+            f"{figures['loss']:8.4f}"
+        )
+    if not arguments.trl_python:
+        return
+    theirs = [median["trl_forward_kl"], median["trl_forward_kl_defaults"]]
+    best = max(figures["tokens_per_s"] for figures in theirs)
+    ratios = {
+        "tokens_per_s_over_trl": median["live"]["tokens_per_s"] / best,
+        "stored_tokens_per_s_over_trl": median["stored"]["tokens_per_s"] / best,
+        "jsd_tokens_per_s_over_trl": (
+            median["live_jsd"]["tokens_per_s"] / median["trl_jsd"]["tokens_per_s"]
+        ),
+        "peak_memory_over_trl": (
+            median["live"]["peak_mb"] / min(figures["peak_mb"] for figures in theirs)
+        ),
+    }
+    print("\n".join(f"{key} {value:.2f}" for key, value in ratios.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(ratios | {"runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
