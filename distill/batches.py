@@ -28,12 +28,15 @@ class Example:
         learn_prompt: whether the prompt's tokens are learnt too.
         top: what the target said about each output token, where it was stored. After a cut it may
             go on behind the outputs.
+        weights: how much each output token counts in the loss, 1 on average over the data; None is
+            1 each. After a cut they may go on behind the outputs. A prompt's tokens count 1.
     """
 
     prompt_ids: list[int]
     output_ids: list[int]
     learn_prompt: bool = False
     top: TopLaw | None = field(default=None, compare=False)
+    weights: list[float] | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -52,6 +55,13 @@ class Example:
         if self.top is None or (self.learn_prompt and len(self.prompt_ids) > 1):
             return None
         return self.top[slice(0 if self.prompt_ids else 1, len(self.output_ids))]
+
+    @property
+    def learnt_weights(self) -> list[float]:
+        """How much each learnt token counts."""
+        weights = [1.0] * len(self.prompt_ids) + (self.weights or [1.0] * len(self.output_ids))
+        mask = self.loss_mask
+        return [weight for weight, is_learnt in zip(weights, mask, strict=False) if is_learnt]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +148,8 @@ class Batch:
         loss_mask: [B, L] bool; the token at this place is predicted from the place before.
         top: what was stored about the learnt tokens, in row-major order; None where some have
             nothing.
+        weights: [T] float32, how much each of the T learnt tokens counts in the loss, in row-major
+            order; None is 1 each.
     """
 
     input_ids: Tensor
@@ -145,6 +157,7 @@ class Batch:
     segment_ids: Tensor
     loss_mask: Tensor
     top: TopLaw | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
@@ -154,6 +167,7 @@ class Batch:
             self.segment_ids.to(device),
             self.loss_mask.to(device),
             None if self.top is None else self.top.to(device),
+            None if self.weights is None else self.weights.to(device),
         )
 
     def attention_mask(self) -> Tensor:
@@ -221,7 +235,11 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     tops = [example.learnt_top for examples in packs for example in examples]
     stored = [top for top in tops if top is not None]
     top = TopLaw.cat(stored) if stored and len(stored) == len(tops) else None
-    return Batch(input_ids, positions, segments, loss_mask, top)
+    weights = None
+    if any(example.weights is not None for examples in packs for example in examples):
+        learnt = (e.learnt_weights for examples in packs for e in examples)
+        weights = torch.tensor([weight for each in learnt for weight in each])
+    return Batch(input_ids, positions, segments, loss_mask, top, weights)
 
 
 class BatchStream:

@@ -199,7 +199,11 @@ class Trainee(nn.Module):
             if self.selection is not None and signal is not None:
                 aligned = self.selection.select(aligned, batch, signal)
             terms = projected_loss(
-                aligned, signal, self.objective, depth_weights=self.depth_weights
+                aligned,
+                signal,
+                self.objective,
+                depth_weights=self.depth_weights,
+                token_weights=batch.weights,
             )
             return terms if self.anchor is None else self.anchor.added(terms, batch)
 

@@ -34,6 +34,17 @@ def test_prompts_are_learnt_but_for_the_first_token_where_that_is_wanted() -> No
     assert Example([], [4, 5]).loss_mask == [False, True]
 
 
+def test_weights_are_of_the_learnt_tokens_in_their_order() -> None:
+    assert collate([[A, B]], 7).weights is None
+    weighted = Example([14, 15], [16, 17], learn_prompt=True, weights=[0.5, 3.0])
+    batch = collate([[A, weighted], [B]], 7)
+    assert batch.input_ids[batch.loss_mask].tolist() == [12, 13, 15, 16, 17, 16]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [1, 1, 1, 0.5, 3, 1]
+    ((cut,),) = pack([weighted], 3)
+    assert cut.learnt_weights == [1, 0.5]
+
+
 def test_a_query_sees_its_own_example_up_to_itself() -> None:
     mask = collate([[Example([1], [2]), Example([3], [4])]], 5).attention_mask()
     assert mask.int().tolist() == [
