@@ -242,25 +242,61 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     return Batch(input_ids, positions, segments, loss_mask, top, weights)
 
 
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Examples of one kind.
+
+    Attributes:
+        examples: at least one.
+        share: how many of the examples that are learnt come from here, beside other pools' shares.
+    """
+
+    examples: Sequence[Example]
+    share: float = 1.0
+
+
+def mixed(pools: Sequence[Pool], draw: random.Random) -> list[Example]:
+    """As many examples as all pools hold, each pool's share of them, evenly interleaved.
+
+    After every example each pool has given its share of those so far, to within one. A pool gives
+    all it has in random order before it begins anew.
+    """
+    total = sum(pool.share for pool in pools)
+    queues: list[list[Example]] = [[] for _ in pools]
+    taken = [0] * len(pools)
+    found = []
+    for count in range(1, sum(len(pool.examples) for pool in pools) + 1):
+        owed = [pool.share / total * count - got for pool, got in zip(pools, taken, strict=True)]
+        number = owed.index(max(owed))
+        if not queues[number]:
+            queues[number] = list(pools[number].examples)
+            draw.shuffle(queues[number])
+            queues[number].reverse()
+        found.append(queues[number].pop())
+        taken[number] += 1
+    return found
+
+
 class BatchStream:
     """Endless global batches; which one comes next hangs on the step number alone.
 
-    Each epoch shuffles the examples by (seed, epoch) and packs them; its last batch may be short.
+    Each epoch mixes the pools by (seed, epoch) and packs the examples; its last batch may be short.
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, sequence_length: int, batch_size: int, seed: int
+        self, pools: Sequence[Pool], *, sequence_length: int, batch_size: int, seed: int | str
     ):
         """Batches of `batch_size` packs of `sequence_length` places.
 
         Raises:
             UserError: no example has a token to learn within the sequence length.
         """
-        self.examples = list(examples)
+        self.pools = list(pools)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
-        if not any(any(example.loss_mask[:sequence_length]) for example in self.examples):
+        examples = (example for pool in pools for example in pool.examples)
+        if not any(any(example.loss_mask[:sequence_length]) for example in examples):
             raise UserError(
                 f"no example has an output within {sequence_length} tokens",
                 hint="check the data, or raise trainer.sequence_length",
@@ -302,7 +338,6 @@ class BatchStream:
 
     def _packs(self, epoch: int) -> list[Pack]:
         if self._current[0] != epoch:
-            order = list(self.examples)
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            order = mixed(self.pools, random.Random(f"{self.seed}:{epoch}"))
             self._current = (epoch, pack(order, self.sequence_length))
         return self._current[1]

@@ -28,7 +28,7 @@ from decode.drafters import Chains
 from decode.models import CheckpointLM, Heads
 from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget
-from distill.batches import BatchStream, Example
+from distill.batches import BatchStream, Example, Pool
 from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
 from distill.drafter_folder import write_drafter
@@ -158,7 +158,7 @@ class Train:
         trainer = Trainer(
             self._trainee(trained, target, examples, accelerator.device),
             BatchStream(
-                examples,
+                [Pool(examples)],
                 sequence_length=self.trainer.sequence_length,
                 batch_size=self.trainer.batch_size,
                 seed=self.seed,
