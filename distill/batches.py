@@ -7,15 +7,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
 from distill.laws import TopLaw
+from distill.objectives import Objective
 from distill.prompts import PromptSettings
 from distill.store import Row, RowStore
+from distill.target import LoadedTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,36 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     return Batch(input_ids, positions, segments, loss_mask, top, weights)
 
 
+class Writer(Protocol):
+    """Writes examples while the drafter is trained.
+
+    Attributes:
+        every: steps for which what is written is used.
+    """
+
+    @property
+    def every(self) -> int:
+        """Steps."""
+        ...
+
+    def check(self, objective: Objective, drafter: nn.Module) -> None:
+        """Refuse, with a UserError, what cannot learn from what this writes."""
+        ...
+
+    def write(
+        self,
+        examples: Sequence[Example],
+        drafter: nn.Module,
+        target: LoadedTarget,
+        *,
+        max_length: int,
+        seed: int,
+        name: str,
+    ) -> list[Example]:
+        """Examples on some of these prompts, by the drafter as it is now; see `distill.regimes`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Examples of one kind.
@@ -249,10 +282,12 @@ class Pool:
     Attributes:
         examples: at least one.
         share: how many of the examples that are learnt come from here, beside other pools' shares.
+        writer: continues the examples' prompts anew; None where the examples stay as they are.
     """
 
     examples: Sequence[Example]
     share: float = 1.0
+    writer: Writer | None = None
 
 
 def mixed(pools: Sequence[Pool], draw: random.Random) -> list[Example]:

@@ -17,12 +17,13 @@ from distill.export import Export, write_card
 from distill.generate import Generate
 from distill.loop import TrainerSettings
 from distill.prompts import PromptSettings, StandardLibraryPrompts
+from distill.regimes import TrainingData
 from distill.report.figures import load_results
 from distill.run_folder import content_hash, write_json
 from distill.store import RowStore
 from distill.target import TargetSettings
 from distill.tracking import NoTracker, Tracker
-from distill.train import DrafterSettings, Train, TrainingData
+from distill.train import DrafterSettings, Train
 
 
 @dataclass(frozen=True, kw_only=True)
