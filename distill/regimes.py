@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
@@ -30,7 +31,7 @@ from decode import (
 from decode.acceptance import SpeculativeSampling, TopTokens
 from decode.drafters import Chains, NoDrafter
 from decode.models import Heads
-from distill.batches import Example, Pool
+from distill.batches import Example, Pool, SeqKD
 from distill.errors import UserError
 from distill.objectives import EndToEndTV, Objective
 from distill.target import LoadedTarget
@@ -65,6 +66,18 @@ def pools_of(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> list[Poo
     return [pool for pool in data.pools(tokenizer) if pool.share > 0]
 
 
+def with_rows(data: TrainingData, rows: Path) -> TrainingData:
+    """The data with `rows` wherever Seq-KD rows name no folder."""
+    if isinstance(data, SeqKD) and data.rows is None:
+        return replace(data, rows=rows)
+    if isinstance(data, Mixture):
+        parts = {name: with_rows(part, rows) for name, part in data.parts.items()}
+        return replace(data, parts=parts)
+    if isinstance(data, Regime):
+        return replace(data, source=with_rows(data.source, rows))
+    return data
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Several kinds of data in one.
@@ -97,7 +110,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Regime:
+class Regime:
     """Fixed data whose prompts are continued anew, with the drafter of that moment.
 
     Attributes:
@@ -110,7 +123,7 @@ class _Regime:
     """
 
     source: TrainingData
-    share: float = 1.0
+    share: float = 0.5
     every: int = 100
     num_prompts: int = 256
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=1.0))
@@ -203,15 +216,13 @@ class _Regime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicy(_Regime):
+class OnPolicy(Regime):
     """Outputs that the drafter writes itself (GKD, Agarwal et al. 2023; DistillSpec, section 4).
 
-    Meets the drafter's own mistakes in training. `share` is GKD's λ. The target's tokens are
-    nowhere in these outputs: what is learnt is its law of the next token, and no gradient flows
-    through the sampling.
+    So it learns what follows its own mistakes. `share` is GKD's λ. The target's tokens are nowhere
+    in these outputs: what is learnt is its law of the next token, and no gradient flows through the
+    sampling.
     """
-
-    share: float = 0.5
 
     def check(self, objective: Objective, drafter: nn.Module) -> None:
         """Heads do not write by themselves, and own tokens alone teach nothing."""
@@ -234,7 +245,7 @@ class OnPolicy(_Regime):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedTokens(_Regime):
+class MixedTokens(Regime):
     """Outputs of the drafter, but for tokens that the target finds unlikely (Xu et al. 2024, SKD).
 
     A token that is not among the target's `top` is replaced by a sample of the target: close to
@@ -263,12 +274,12 @@ class MixedTokens(_Regime):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InTheLoop(_Regime):
+class InTheLoop(Regime):
     """The target's outputs, where the drafter was rejected in writing them weighted up.
 
     Prompts are decoded losslessly with the drafter; an output token that replaced a rejected draft
     weighs `rejected`, any other `elsewhere`. With `elsewhere` = 0 only wrong positions are learnt,
-    as in online speculative decoding (Liu et al. 2023, section 4). The weights are then scaled to 1
+    as in online speculative decoding (Liu et al. 2023). The weights are then scaled to 1
     on average over all that was decoded, so that neither the size of the loss nor the share of
     these examples in it hangs on them. Greedy outputs are those of greedy Seq-KD rows.
 
@@ -285,7 +296,7 @@ class InTheLoop(_Regime):
 
     def __post_init__(self) -> None:
         """Refuse weights that turn the drafter away from the target."""
-        _Regime.__post_init__(self)
+        Regime.__post_init__(self)
         if not (self.rejected > 0 and self.elsewhere >= 0):
             raise ValueError(
                 f"rejected must be > 0 and elsewhere >= 0, got {self.rejected} and {self.elsewhere}"
@@ -319,14 +330,14 @@ class InTheLoop(_Regime):
 
 
 def _runtime(
-    regime: _Regime, draft_length: int, drafter: nn.Module, target: LoadedTarget, max_length: int
+    regime: Regime, draft_length: int, drafter: nn.Module, target: LoadedTarget, max_length: int
 ) -> tuple[Target, Drafter]:
     """The target and the drafter beside it, as training measures them."""
     runtime = Target(target.model, max_batch_size=regime.batch_size, max_length=max_length)
     return runtime, Chains(length=draft_length).build(cast(DraftModel, drafter), runtime)
 
 
-def _needs_target(regime: _Regime, objective: Objective) -> None:
+def _needs_target(regime: Regime, objective: Objective) -> None:
     if not objective.needs_target:
         raise UserError(
             f"{type(regime).__name__} gives outputs with the drafter's own tokens in them, and "

@@ -23,7 +23,7 @@ from decode.drafters import Chains
 from decode.models import Medusa, ScratchLM
 from distill import checkpoint as checkpoints
 from distill import config
-from distill.batches import Example
+from distill.batches import Example, SeqKD
 from distill.errors import UserError
 from distill.fresh import read_examples
 from distill.loop import Precision, Trainer, TrainerSettings
@@ -36,6 +36,7 @@ from distill.regimes import (
     Mixture,
     OnPolicy,
     rejected_places,
+    with_rows,
 )
 from distill.store import Row, RowStore
 from distill.target import TargetSettings
@@ -484,6 +485,20 @@ def test_what_cannot_be_learnt_is_refused_before_training(target, tmp_path):
     replace(
         train, data=regime(InTheLoop), objective=CrossEntropy(), teacher=StoredTeacher()
     ).run()  # learns the target's tokens: asks it nothing
+
+
+def test_a_pipelines_rows_go_wherever_rows_are_missing(tmp_path):
+    none, named = SeqKD(), SeqKD(rows=tmp_path / "mine")
+    data = Mixture(
+        parts={"a": OnPolicy(source=none), "b": named, "c": none},
+        weights={"a": 1.0, "b": 1.0, "c": 1.0},
+    )
+    rows = tmp_path / "rows"
+    found = with_rows(data, rows)
+    assert found.parts == {
+        "a": OnPolicy(source=SeqKD(rows=rows)), "b": named, "c": SeqKD(rows=rows),
+    }  # fmt: skip
+    assert with_rows(Numbers(1, 0), rows) == Numbers(1, 0)
 
 
 def test_settings_that_write_nothing_are_refused():
