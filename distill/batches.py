@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
 from distill.laws import TopLaw
+from distill.objectives import Objective
 from distill.prompts import PromptSettings
 from distill.store import Row, RowStore
+from distill.target import LoadedTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,15 @@ class Example:
         learn_prompt: whether the prompt's tokens are learnt too.
         top: what the target said about each output token, where it was stored. After a cut it may
             go on behind the outputs.
+        weights: how much each output token counts in the loss, 1 on average over the data; None is
+            1 each. After a cut they may go on behind the outputs. A prompt's tokens count 1.
     """
 
     prompt_ids: list[int]
     output_ids: list[int]
     learn_prompt: bool = False
     top: TopLaw | None = field(default=None, compare=False)
+    weights: list[float] | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -54,9 +59,16 @@ class Example:
             return None
         return self.top[slice(0 if self.prompt_ids else 1, len(self.output_ids))]
 
+    @property
+    def learnt_weights(self) -> list[float]:
+        """How much each learnt token counts."""
+        weights = [1.0] * len(self.prompt_ids) + (self.weights or [1.0] * len(self.output_ids))
+        mask = self.loss_mask
+        return [weight for weight, is_learnt in zip(weights, mask, strict=False) if is_learnt]
 
-class TrainingData(Protocol):
-    """What it learns from."""
+
+class FixedData(Protocol):
+    """Data that are there before training."""
 
     def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
         """Prompts with their outputs, as ids."""
@@ -147,6 +159,8 @@ class Batch:
         loss_mask: [B, L] bool; the token at this place is predicted from the place before.
         top: what was stored about the learnt tokens, in row-major order; None where some have
             nothing.
+        weights: [T] float32, how much each of the T learnt tokens counts in the loss, in row-major
+            order; None is 1 each.
     """
 
     input_ids: Tensor
@@ -154,6 +168,7 @@ class Batch:
     segment_ids: Tensor
     loss_mask: Tensor
     top: TopLaw | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
@@ -163,6 +178,7 @@ class Batch:
             self.segment_ids.to(device),
             self.loss_mask.to(device),
             None if self.top is None else self.top.to(device),
+            None if self.weights is None else self.weights.to(device),
         )
 
     def attention_mask(self) -> Tensor:
@@ -230,28 +246,100 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     tops = [example.learnt_top for examples in packs for example in examples]
     stored = [top for top in tops if top is not None]
     top = TopLaw.cat(stored) if stored and len(stored) == len(tops) else None
-    return Batch(input_ids, positions, segments, loss_mask, top)
+    weights = None
+    if any(example.weights is not None for examples in packs for example in examples):
+        learnt = (e.learnt_weights for examples in packs for e in examples)
+        weights = torch.tensor([weight for each in learnt for weight in each])
+    return Batch(input_ids, positions, segments, loss_mask, top, weights)
+
+
+class Writer(Protocol):
+    """Writes examples while the drafter is trained.
+
+    Attributes:
+        every: steps for which what is written is used.
+    """
+
+    @property
+    def every(self) -> int:
+        """Steps."""
+        ...
+
+    def check(self, objective: Objective, drafter: nn.Module) -> None:
+        """Refuse, with a UserError, what cannot learn from what this writes."""
+        ...
+
+    def write(
+        self,
+        examples: Sequence[Example],
+        drafter: nn.Module,
+        target: LoadedTarget,
+        *,
+        max_length: int,
+        seed: int,
+        name: str,
+    ) -> list[Example]:
+        """Examples on some of these prompts, by the drafter as it is now; see `distill.regimes`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Examples of one kind.
+
+    Attributes:
+        examples: at least one.
+        share: how many of the examples that are learnt come from here, beside other pools' shares.
+        writer: continues the examples' prompts anew; None where the examples stay as they are.
+    """
+
+    examples: Sequence[Example]
+    share: float = 1.0
+    writer: Writer | None = None
+
+
+def mixed(pools: Sequence[Pool], draw: random.Random) -> list[Example]:
+    """As many examples as all pools hold, each pool's share of them, evenly interleaved.
+
+    After every example each pool has given its share of those so far, to within one. A pool gives
+    all it has in random order before it begins anew.
+    """
+    total = sum(pool.share for pool in pools)
+    queues: list[list[Example]] = [[] for _ in pools]
+    taken = [0] * len(pools)
+    found = []
+    for count in range(1, sum(len(pool.examples) for pool in pools) + 1):
+        owed = [pool.share / total * count - got for pool, got in zip(pools, taken, strict=True)]
+        number = owed.index(max(owed))
+        if not queues[number]:
+            queues[number] = list(pools[number].examples)
+            draw.shuffle(queues[number])
+            queues[number].reverse()
+        found.append(queues[number].pop())
+        taken[number] += 1
+    return found
 
 
 class BatchStream:
     """Endless global batches; which one comes next hangs on the step number alone.
 
-    Each epoch shuffles the examples by (seed, epoch) and packs them; its last batch may be short.
+    Each epoch mixes the pools by (seed, epoch) and packs the examples; its last batch may be short.
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, sequence_length: int, batch_size: int, seed: int
+        self, pools: Sequence[Pool], *, sequence_length: int, batch_size: int, seed: int | str
     ):
         """Batches of `batch_size` packs of `sequence_length` places.
 
         Raises:
             UserError: no example has a token to learn within the sequence length.
         """
-        self.examples = list(examples)
+        self.pools = list(pools)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.seed = seed
-        if not any(any(example.loss_mask[:sequence_length]) for example in self.examples):
+        examples = (example for pool in pools for example in pool.examples)
+        if not any(any(example.loss_mask[:sequence_length]) for example in examples):
             raise UserError(
                 f"no example has an output within {sequence_length} tokens",
                 hint="check the data, or raise trainer.sequence_length",
@@ -293,7 +381,6 @@ class BatchStream:
 
     def _packs(self, epoch: int) -> list[Pack]:
         if self._current[0] != epoch:
-            order = list(self.examples)
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            order = mixed(self.pools, random.Random(f"{self.seed}:{epoch}"))
             self._current = (epoch, pack(order, self.sequence_length))
         return self._current[1]

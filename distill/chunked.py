@@ -33,6 +33,7 @@ def projected_loss(
     objective: Objective,
     *,
     depth_weights: DepthWeights = EVERYWHERE,
+    token_weights: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> LossTerms:
     """The objective's sums over all T places; `loss` carries the gradient, the rest does not.
@@ -42,13 +43,16 @@ def projected_loss(
         signal: what the target says; None where the objective does not ask.
         objective: what is minimised.
         depth_weights: how much each depth counts.
+        token_weights: how much each of the batch's learnt tokens counts, at whatever depth it is
+            predicted; None is 1 each.
         chunk_size: places per chunk; by default what suits the device.
     """
     if signal is None and objective.needs_target:
         raise ValueError(f"{type(objective).__name__} needs the target's logits; give it a teacher")
     chunks = _Chunks(aligned)
     signal = signal if objective.needs_target else None
-    terms = chunks.run(signal, objective, depth_weights, chunk_size or _chunk_size(aligned))
+    chunk_size = chunk_size or _chunk_size(aligned)
+    terms = chunks.run(signal, objective, depth_weights, token_weights, chunk_size)
     if not chunks.gradients:
         return terms
     wanted = list(chunks.gradients.values())
@@ -103,6 +107,7 @@ class _Chunks:
         signal: TeacherSignal | None,
         objective: Objective,
         depth_weights: DepthWeights,
+        token_weights: Tensor | None,
         chunk_size: int,
     ) -> LossTerms:
         """The summed terms; the gradients are there afterwards."""
@@ -114,6 +119,9 @@ class _Chunks:
                 compared,
                 [depth.labels[chunk] for depth in self.depths],
                 [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
+                None
+                if token_weights is None
+                else torch.stack([token_weights[_rows(depth, chunk)] for depth in self.depths]),
             )
             total = terms if total is None else _add(total, terms)
             if self.gradients:
@@ -198,7 +206,12 @@ def _law(signal: TeacherSignal | None, depth: Depth, chunk: slice) -> TargetLaw:
     """What the target says about a chunk's labels; without it, that they are certain."""
     if signal is None:
         return point_mass(depth.labels[chunk])
-    return signal.law(chunk if depth.rows is None else depth.rows[chunk])
+    return signal.law(_rows(depth, chunk))
+
+
+def _rows(depth: Depth, chunk: slice) -> slice | Tensor:
+    """Which of the batch's learnt tokens a chunk's labels are."""
+    return chunk if depth.rows is None else depth.rows[chunk]
 
 
 def _add(total: LossTerms, terms: LossTerms) -> LossTerms:

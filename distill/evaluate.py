@@ -30,7 +30,7 @@ from decode import (
 )
 from decode.acceptance import SpeculativeSampling
 from decode.drafters import Drafting, ModelFree, NoDrafter, load_drafter
-from distill.batches import TrainingData
+from distill.batches import FixedData
 from distill.config import command
 from distill.drafter_folder import (
     check_target,
@@ -91,7 +91,7 @@ class Evaluate:
     target: TargetSettings = field(default_factory=TargetSettings)
     drafters: dict[str, str] = field(default_factory=dict)
     model_free: dict[str, ModelFree] = field(default_factory=dict)
-    past: TrainingData | None = None
+    past: FixedData | None = None
     prompts: PromptSettings = field(
         default_factory=lambda: StandardLibraryPrompts(split="evaluate", limit=32)
     )

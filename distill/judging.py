@@ -19,8 +19,13 @@ def judged(
     depths: Sequence[Compared],
     labels: Sequence[Tensor],
     valid: Sequence[Tensor | None],
+    token_weights: Tensor | None = None,
 ) -> tuple[LossTerms, list[Tensor]]:
     """The objective of a chunk: its sums, and the derivatives by each depth's log-probabilities.
+
+    `token_weights` [K, T] are of the labels, and multiply those of the depths. Only the loss is
+    weighted: rates count every token once, and so does the number of tokens by which the loop
+    divides. Weights are 1 on average over the data, so that this is a weighted mean.
 
     Told besides, per depth where there are several: `alpha`, the expected acceptance rate of a
     drafter that samples at the objective's temperature, Σ min(p, q) (Leviathan et al. 2023,
@@ -50,6 +55,8 @@ def judged(
                 metrics[told_as] = (length, is_real[0].sum())
     main = next(name for name in ("alpha", "alpha_upper", "accuracy") if name in rates)
     weights = depth_weights.weights(torch.stack(rates[main])) * is_real
+    if token_weights is not None:
+        weights = weights * token_weights
     loss, slopes = objective.judge(depths, weights)
     return LossTerms(loss, is_real.sum(), metrics), slopes
 

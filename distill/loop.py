@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -30,6 +30,7 @@ from distill.checkpoint import Checkpoint
 from distill.chunked import projected_loss
 from distill.depth_weights import DepthWeights, Uniform
 from distill.errors import UserError
+from distill.fresh import FreshStream
 from distill.interrupts import interrupts
 from distill.joint import Anchor
 from distill.objectives import LossTerms, Objective
@@ -41,6 +42,7 @@ from distill.window import Window
 ONE_COPY_EACH = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 Evaluation = Callable[[nn.Module], dict[str, float]]
+Stream: TypeAlias = BatchStream | FreshStream
 
 
 class Precision(enum.Enum):
@@ -199,7 +201,11 @@ class Trainee(nn.Module):
             if self.selection is not None and signal is not None:
                 aligned = self.selection.select(aligned, batch, signal)
             terms = projected_loss(
-                aligned, signal, self.objective, depth_weights=self.depth_weights
+                aligned,
+                signal,
+                self.objective,
+                depth_weights=self.depth_weights,
+                token_weights=batch.weights,
             )
             return terms if self.anchor is None else self.anchor.added(terms, batch)
 
@@ -210,7 +216,7 @@ class Trainer:
     def __init__(
         self,
         trainee: Trainee,
-        stream: BatchStream,
+        stream: Stream,
         settings: TrainerSettings,
         *,
         folder: Path,
@@ -223,7 +229,7 @@ class Trainer:
 
         Args:
             trainee: what is trained.
-            stream: step -> batches.
+            stream: step -> batches; one that writes is asked to on the main process.
             settings: how.
             folder: gets checkpoints/ and metrics.jsonl.
             accelerator: the processes.
@@ -297,11 +303,20 @@ class Trainer:
             self._measure()
             self._save()
         while self.step < self.settings.steps:
+            self._refresh()
             self._train_step()
             self._after_step()
             if self._is_stopped(interrupted):
                 self._save()
                 raise KeyboardInterrupt
+
+    def _refresh(self) -> None:
+        """Have the data of the coming steps written, where they hang on the drafter."""
+        if not isinstance(self.stream, FreshStream) or not self.stream.is_due(self.step):
+            return
+        if self.accelerator.is_main_process:
+            self.stream.refresh(self.step, self.drafter.eval())
+        self.accelerator.wait_for_everyone()
 
     def _train_step(self) -> None:
         settings, accelerator = self.settings, self.accelerator

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.batches import SeqKD, TrainingData
+from distill.batches import FixedData, SeqKD
 from distill.errors import UserError
 from distill.prompts import Prompt
 from distill.run_folder import content_hash
@@ -12,7 +12,7 @@ from distill.store import RowStore
 
 
 def past_outputs(
-    data: TrainingData,
+    data: FixedData,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     drafters: Iterable[object],
@@ -42,7 +42,7 @@ def past_outputs(
     return outputs
 
 
-def past_hash(data: TrainingData) -> str | None:
+def past_hash(data: FixedData) -> str | None:
     """Hash of what is in a row store, which may grow; None of other data."""
     if not isinstance(data, SeqKD) or data.rows is None:
         return None

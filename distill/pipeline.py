@@ -3,12 +3,11 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from decode import SamplingParams
-from distill.batches import SeqKD, TrainingData
 from distill.config import command
 from distill.drafter_folder import DESCRIPTION
 from distill.errors import UserError
@@ -17,6 +16,7 @@ from distill.export import Export, write_card
 from distill.generate import Generate
 from distill.loop import TrainerSettings
 from distill.prompts import PromptSettings, StandardLibraryPrompts
+from distill.regimes import TrainingData, with_rows
 from distill.report.figures import load_results
 from distill.run_folder import content_hash, write_json
 from distill.store import RowStore
@@ -30,7 +30,7 @@ class Variant:
     """One drafter of the comparison: what it learns from, and towards what.
 
     Attributes:
-        data: Seq-KD rows (the pipeline's own where no folder is named) or text.
+        data: any; Seq-KD rows are the pipeline's own where no folder is named.
         objective: what is minimised.
     """
 
@@ -109,14 +109,11 @@ class Pipeline:
 
     def _drafter(self, name: str, rows: Path) -> Path:
         variant = self.variants[name]
-        data = variant.data
-        if isinstance(data, SeqKD) and data.rows is None:
-            data = replace(data, rows=rows)
         train = Train(
             target=self.target,
             drafter=self.drafter,
             objective=variant.objective,
-            data=data,
+            data=with_rows(variant.data, rows),
             trainer=self.trainer,
             tracker=self.tracker,
             prompts=self.held_out,

@@ -28,12 +28,13 @@ from decode.drafters import Chains
 from decode.models import CheckpointLM, Heads
 from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget
-from distill.batches import BatchStream, Example, TrainingData
+from distill.batches import BatchStream, Example, Pool
 from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
 from distill.drafter_folder import write_drafter
 from distill.errors import UserError
 from distill.families import FAMILIES, family_of
+from distill.fresh import FreshStream
 from distill.joint import (
     AdaptedTarget,
     Anchor,
@@ -43,17 +44,27 @@ from distill.joint import (
     drafter_in,
     moved,
 )
-from distill.loop import Evaluation, Trainee, Trainer, TrainerSettings, TrainingSummary, part
+from distill.loop import (
+    Evaluation,
+    Stream,
+    Trainee,
+    Trainer,
+    TrainerSettings,
+    TrainingSummary,
+    part,
+)
 from distill.lora import LoraSettings
 from distill.objectives import AdaSPEC, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
+from distill.regimes import TrainingData, pools_of
 from distill.run_folder import RunFolder, content_hash, describe, environment
 from distill.selection import TokenSelection
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
-from distill.teachers.stored import LiveTeacher
+from distill.teachers.stored import LiveTeacher, StoredTeacher
 from distill.tracking import NoTracker, Tracker
 
 DRAFTER = "drafter"
+WRITTEN = "written"  # by writers, while training
 LONGEST_WAIT = timedelta(hours=4)  # of the other processes, while the main one measures
 INDIFFERENT = ("num_threads", "micro_batch_size", "keep_checkpoints", "log_every")
 
@@ -128,8 +139,10 @@ class Train:
         target = self.target.load()
         accelerator = _accelerator(target)
         target.model.to(accelerator.device)
-        held_out, examples = self._split(target)
+        held_out, pools = self._split(target)
+        examples = [example for pool in pools for example in pool.examples]
         drafter = self._drafter(target, examples)
+        self._check_writers(pools, drafter)
         settings = self._settings(target, drafter, examples, held_out)
         folder = RunFolder(self.output, settings)
         with accelerator.main_process_first():
@@ -149,12 +162,7 @@ class Train:
             adapted = self.lora.wrap(drafter)
         trainer = Trainer(
             self._trainee(trained, target, examples, accelerator.device),
-            BatchStream(
-                examples,
-                sequence_length=self.trainer.sequence_length,
-                batch_size=self.trainer.batch_size,
-                seed=self.seed,
-            ),
+            self._stream(pools, target),
             self.trainer,
             folder=self.output,
             accelerator=accelerator,
@@ -212,10 +220,35 @@ class Train:
             slow=None if anchor is None else ("target", self.joint.target_rate),
         )
 
-    def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Example]]:
-        """Held-out prompts, and the examples without them."""
-        examples = self.data.examples(target.tokenizer)
-        used = {tuple(example.prompt_ids) for example in examples}
+    def _stream(self, pools: Sequence[Pool], target: LoadedTarget) -> Stream:
+        """Step -> batches."""
+        length, size = self.trainer.sequence_length, self.trainer.batch_size
+        if all(pool.writer is None for pool in pools):
+            return BatchStream(pools, sequence_length=length, batch_size=size, seed=self.seed)
+        return FreshStream(
+            pools,
+            target,
+            self.output / WRITTEN,
+            sequence_length=length,
+            batch_size=size,
+            seed=self.seed,
+        )
+
+    def _check_writers(self, pools: Sequence[Pool], drafter: nn.Module) -> None:
+        """Refuse what cannot learn from outputs that are written while training."""
+        for writer in (pool.writer for pool in pools if pool.writer is not None):
+            if isinstance(self.teacher, StoredTeacher) and self.objective.needs_target:
+                raise UserError(
+                    "nothing is stored about outputs that are written while training",
+                    "teacher",
+                    "let the target run beside the drafter: teacher=live",
+                )
+            writer.check(self.objective, drafter)
+
+    def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Pool]]:
+        """Held-out prompts, and the data without them."""
+        pools = pools_of(self.data, target.tokenizer)
+        used = {tuple(example.prompt_ids) for pool in pools for example in pool.examples}
         context = target.model.config.get_text_config().max_position_embeddings
         fitting = [p for p in self.prompts.load(target.tokenizer) if len(p.ids) < context]
         fitting.sort(key=lambda prompt: tuple(prompt.ids) in used)  # stable: the unused ones first
@@ -223,12 +256,19 @@ class Train:
         if not held_out:
             raise UserError("there are no held-out prompts to measure τ on", hint="check prompts")
         withheld = {tuple(prompt.ids) for prompt in held_out}
-        kept = [example for example in examples if tuple(example.prompt_ids) not in withheld]
-        if not kept:
-            raise UserError(
-                f"all {len(examples):,} examples are on the {len(held_out)} held-out prompts",
-                hint="train on more prompts, or set num_held_out lower",
+        kept = [
+            replace(
+                pool, examples=[e for e in pool.examples if tuple(e.prompt_ids) not in withheld]
             )
+            for pool in pools
+        ]
+        for pool, rest in zip(pools, kept, strict=True):
+            if not rest.examples:
+                raise UserError(
+                    f"all {len(pool.examples):,} examples are on the {len(held_out)} held-out "
+                    "prompts",
+                    hint="train on more prompts, or set num_held_out lower",
+                )
         return held_out, kept
 
     def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> nn.Module:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from distill.alignment.lm import LiveTarget, LMAlignment
-from distill.batches import BatchStream, Example
+from distill.batches import BatchStream, Example, Pool
 from distill.laws import TopLaw
 from distill.loop import Schedule, Trainee, Trainer, TrainerSettings
 from distill.objectives import ForwardKL, JensenShannon
@@ -125,7 +125,7 @@ def ours(folder: Path, mode: str, steps: int) -> Figures:
     output = Path(tempfile.mkdtemp(dir=folder))
     trainer = Trainer(
         Trainee(student, LMAlignment(student), objective, teacher, settings.precision),
-        BatchStream(examples, sequence_length=LENGTH, batch_size=BATCH, seed=0),
+        BatchStream([Pool(examples)], sequence_length=LENGTH, batch_size=BATCH, seed=0),
         settings,
         folder=output,
         accelerator=Accelerator(cpu=True),

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from distill.alignment.lm import LiveTarget, LMAlignment, PlainHead
-from distill.batches import BatchStream, Example
+from distill.batches import BatchStream, Example, Pool
 
 SHAPE = {
     "vocab_size": 40,
@@ -73,7 +73,7 @@ def test_packed_examples_do_not_see_each_other(name, attention):
         )
         for _ in range(6)
     ]
-    stream = BatchStream(examples, sequence_length=32, batch_size=4, seed=0)
+    stream = BatchStream([Pool(examples)], sequence_length=32, batch_size=4, seed=0)
     (batch,) = stream.for_process(0, 0, 1, 4)
     expected, labels = [], []
     for pack in stream[0]:

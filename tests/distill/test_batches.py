@@ -1,5 +1,6 @@
 """Packing, masks from ids, and a stream that hangs on the step alone."""
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distill.batches import Batch, BatchStream, Example, SeqKD, Text, collate, pack
+from distill.batches import Batch, BatchStream, Example, Pool, SeqKD, Text, collate, mixed, pack
 from distill.errors import UserError
 from distill.prompts import Prompt
 from distill.store import Row, RowStore
@@ -32,6 +33,17 @@ def test_a_pack_by_hand() -> None:
 def test_prompts_are_learnt_but_for_the_first_token_where_that_is_wanted() -> None:
     assert Example([1, 2, 3], [4], learn_prompt=True).loss_mask == [False, True, True, True]
     assert Example([], [4, 5]).loss_mask == [False, True]
+
+
+def test_weights_are_of_the_learnt_tokens_in_their_order() -> None:
+    assert collate([[A, B]], 7).weights is None
+    weighted = Example([14, 15], [16, 17], learn_prompt=True, weights=[0.5, 3.0])
+    batch = collate([[A, weighted], [B]], 7)
+    assert batch.input_ids[batch.loss_mask].tolist() == [12, 13, 15, 16, 17, 16]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [1, 1, 1, 0.5, 3, 1]
+    ((cut,),) = pack([weighted], 3)
+    assert cut.learnt_weights == [1, 0.5]
 
 
 def test_a_query_sees_its_own_example_up_to_itself() -> None:
@@ -90,7 +102,7 @@ def learnt(batches: list[Batch]) -> Counter[int]:
 @pytest.mark.parametrize("micro", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_and_micro_batches_share_the_same_global_batch(world: int, micro: int) -> None:
-    stream = BatchStream(examples(23), sequence_length=6, batch_size=5, seed=3)
+    stream = BatchStream([Pool(examples(23))], sequence_length=6, batch_size=5, seed=3)
     whole = learnt(stream.for_process(1, 0, 1, 5))
     parts = [stream.for_process(1, rank, world, micro) for rank in range(world)]
     assert sum((learnt(part) for part in parts), Counter()) == whole
@@ -99,18 +111,35 @@ def test_processes_and_micro_batches_share_the_same_global_batch(world: int, mic
 
 
 def test_an_epoch_has_each_example_once_and_the_next_has_another_order() -> None:
-    stream = BatchStream(examples(8), sequence_length=3, batch_size=4, seed=0)
+    stream = BatchStream([Pool(examples(8))], sequence_length=3, batch_size=4, seed=0)
     epochs = [[p[0].prompt_ids[0] for s in steps for p in stream[s]] for steps in ((0, 1), (2, 3))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 9))
     assert epochs[0] != epochs[1]
-    again = BatchStream(examples(8), sequence_length=3, batch_size=4, seed=0)
+    again = BatchStream([Pool(examples(8))], sequence_length=3, batch_size=4, seed=0)
     assert again[3] == stream[3]
     assert again[0] == stream[0]  # also after a look at a later epoch
 
 
+def test_pools_have_their_shares_of_every_beginning_and_each_pool_is_used_up_first() -> None:
+    pools = [
+        Pool([Example([1], [n]) for n in range(40)], 0.5),
+        Pool([Example([2], [n]) for n in range(6)], 0.3),
+        Pool([Example([3], [n]) for n in range(4)], 0.2),
+    ]
+    order = mixed(pools, random.Random(0))
+    assert len(order) == 50
+    for count in range(1, 51):
+        found = Counter(example.prompt_ids[0] for example in order[:count])
+        for number, pool in enumerate(pools, start=1):
+            assert abs(found[number] - pool.share * count) < 1
+    seen = [example.output_ids[0] for example in order if example.prompt_ids == [3]]
+    assert sorted(seen[:4]) == sorted(seen[4:8]) == [0, 1, 2, 3]
+    assert mixed(pools, random.Random(0)) == order
+
+
 def test_nothing_to_learn_is_said() -> None:
     with pytest.raises(UserError, match="no example has an output"):
-        BatchStream([Example([1, 2, 3], [4])], sequence_length=3, batch_size=1, seed=0)
+        BatchStream([Pool([Example([1, 2, 3], [4])])], sequence_length=3, batch_size=1, seed=0)
 
 
 def test_rows_become_examples(tmp_path: Path) -> None:
@@ -161,7 +190,7 @@ def test_a_prompt_longer_than_a_pack_leaves_nothing_to_learn() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_epochs_that_end_unevenly_still_have_each_example_once(world: int) -> None:
-    stream = BatchStream(examples(10), sequence_length=3, batch_size=4, seed=1)
+    stream = BatchStream([Pool(examples(10))], sequence_length=3, batch_size=4, seed=1)
     for epoch in range(3):
         steps = range(3 * epoch, 3 * epoch + 3)  # 4, 4 and 2 packs
         batches = [

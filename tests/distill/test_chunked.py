@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from distill.alignment import Aligned, Depth
-from distill.chunked import projected_loss
+from distill.chunked import prediction_losses, projected_loss
 from distill.depth_weights import Decay, Survival
 from distill.laws import TopLaw
 from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, LKLambda, TotalVariation
@@ -45,6 +45,38 @@ def inputs(dtype=torch.float64, vocab=VOCAB):
     target = States(random(TOKENS, 3), Head(random(vocab, 3)))
     labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
     return random(TOKENS, HIDDEN), random(VOCAB, HIDDEN), random(VOCAB), labels, target
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100])
+def test_a_token_weighs_what_it_is_given_at_every_depth(chunk_size):
+    """The second depth predicts the token behind, where there is one."""
+    hidden, weight, bias, labels, target = inputs()
+    states = States(hidden, Head(weight, bias))
+    rows, valid = torch.arange(1, TOKENS + 1), torch.ones(TOKENS, dtype=torch.bool)
+    rows[-1], valid[-1] = 0, False
+    aligned = Aligned((Depth(states, labels), Depth(states, labels[rows], rows, valid)))
+    weights = torch.linspace(0, 2, TOKENS)
+    terms = projected_loss(
+        aligned, target, ForwardKL(), token_weights=weights, chunk_size=chunk_size
+    )
+    whole = projected_loss(aligned, target, ForwardKL())
+    first, second = prediction_losses(aligned, target, ForwardKL())
+    expected = (first * weights).sum() + (second * weights[rows] * valid).sum()
+    torch.testing.assert_close(terms.loss.detach(), expected)
+    assert terms.num_tokens == whole.num_tokens  # only the loss is weighted
+    torch.testing.assert_close(terms.metrics["alpha_2"], whole.metrics["alpha_2"])
+
+    logits = hidden @ weight.T + bias
+    goal = target.law(slice(None)).logits
+    laws = [
+        functional.kl_div(
+            logits.log_softmax(-1), law.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+        for law in (goal, goal[rows])
+    ]
+    plain = (laws[0] * weights).sum() + (laws[1] * weights[rows] * valid).sum()
+    ours, theirs = (torch.autograd.grad(loss, [hidden, weight]) for loss in (terms.loss, plain))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), ForwardKL(), ForwardKL(temperature=2.0)])
@@ -325,7 +357,7 @@ MEMORY = """
 import resource, sys, torch
 sys.path[:0] = [{root!r}]
 from distill.alignment import Aligned, Depth
-from distill.chunked import projected_loss
+from distill.chunked import prediction_losses, projected_loss
 from distill.objectives import {name}
 from distill.states import Head, States
 torch.set_num_threads(1)

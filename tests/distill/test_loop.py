@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from decode.models import ScratchLM
 from distill import checkpoint as checkpoints
 from distill.alignment.lm import LiveTarget, LMAlignment
-from distill.batches import BatchStream, Example
+from distill.batches import BatchStream, Example, Pool
 from distill.errors import UserError
 from distill.loop import Precision, Schedule, Trainee, Trainer, TrainerSettings, part
 from distill.objectives import CrossEntropy, ForwardKL
@@ -70,7 +70,7 @@ def make_trainer(folder, settings=SETTINGS, objective=None, evaluate=None):
             settings.precision,
         ),
         BatchStream(
-            examples,
+            [Pool(examples)],
             sequence_length=settings.sequence_length,
             batch_size=settings.batch_size,
             seed=0,

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.alignment.lm import LiveTarget, LMAlignment, blocks
-from distill.batches import BatchStream, Example, collate
+from distill.batches import BatchStream, Example, Pool, collate
 from distill.chunked import prediction_losses, projected_loss
 from distill.errors import UserError
 from distill.laws import TopLaw
@@ -55,9 +55,9 @@ def examples(target=None, k=VOCAB):
 
 
 def batch_of(made, length=16):
-    return BatchStream(made, sequence_length=length, batch_size=8, seed=0).for_process(0, 0, 1, 4)[
-        0
-    ]
+    return BatchStream([Pool(made)], sequence_length=length, batch_size=8, seed=0).for_process(
+        0, 0, 1, 4
+    )[0]
 
 
 def test_blocks_by_hand():

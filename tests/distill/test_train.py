@@ -209,12 +209,12 @@ def test_the_target_as_its_own_drafter_accepts_everything(train):
 def test_held_out_prompts_are_never_trained_on(train):
     target = train.target.load()
     train = replace(train, num_held_out=3, data=Numbers(8, seed=1, overlap=4))
-    held_out, examples = replace(train, prompts=Numbers(10, seed=2, overlap=4))._split(target)
+    held_out, (pool,) = replace(train, prompts=Numbers(10, seed=2, overlap=4))._split(target)
     assert [prompt.id for prompt in held_out] == ["4", "5", "6"]  # 0 to 3 are in the data
-    assert len(examples) == 8
-    held_out, examples = replace(train, prompts=Numbers(4, seed=2, overlap=4))._split(target)
+    assert len(pool.examples) == 8
+    held_out, (pool,) = replace(train, prompts=Numbers(4, seed=2, overlap=4))._split(target)
     assert [prompt.id for prompt in held_out] == ["0", "1", "2"]
-    assert len(examples) == 5  # so these leave the data
+    assert len(pool.examples) == 5  # so these leave the data
     with pytest.raises(UserError, match="all 2 examples are on the 3 held-out prompts"):
         replace(train, data=Numbers(2, 1, 4), prompts=Numbers(3, 2, 4))._split(target)
 
