@@ -96,8 +96,21 @@ class Target:
     def verify(
         self, slots: Sequence[int], draft: Draft, layers: tuple[int, ...] = ()
     ) -> ModelOutput:
-        """One forward over every node of the drafts: logits [B, N, V]."""
-        return self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
+        """One forward over every node of the drafts: logits [B, N, V].
+
+        Raises:
+            ValueError: a node's token is none of the target's (on a GPU the driver stops instead).
+        """
+        try:
+            return self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
+        except IndexError as error:
+            unknown = draft.tokens[(draft.tokens < 0) | (draft.tokens >= self.vocab_size)]
+            if len(unknown) == 0:
+                raise
+            raise ValueError(
+                f"the drafter proposed token {int(unknown[0])}; the target has the tokens 0 to "
+                f"{self.vocab_size - 1}"
+            ) from error
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""

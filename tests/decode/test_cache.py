@@ -269,3 +269,21 @@ def test_max_length_is_the_models_context_or_less(tiny):
     assert CachedModel(model, num_slots=1).max_length == 96
     assert CachedModel(model, num_slots=1, max_length=30).max_length == 30
     assert CachedModel(model, num_slots=1, max_length=500).max_length == 96
+
+
+def test_the_cache_takes_little_more_than_its_places(tiny):
+    """Keys and values of slots x length, and one scratch place per slot."""
+    model = tiny("llama", max_position_embeddings=256)
+    target = prefilled(model, num_slots=4)
+    config = model.config
+    per_place = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in target.cached.cache.layers)
+    assert 1.0 <= taken / (4 * target.max_length * per_place) <= 1.05
+
+
+@pytest.mark.parametrize("token", [-1, 97, 10**6])
+def test_a_drafted_token_that_the_target_does_not_have_is_named(tiny, token):
+    target = prefilled(tiny("llama"), SLOTS[:1], PROMPTS[:1])
+    draft = Draft.from_lists([50], [[3, token]])
+    with pytest.raises(ValueError, match=f"proposed token {token}; the target has the tokens 0 to"):
+        verified(target, [0], draft)
