@@ -220,8 +220,8 @@ class SpeculativeDecoder:
         acceptance = self.rule.accept(
             draft, penalised(output.logits, context, draft), context.sampling
         )
-        acceptance, emitted = self._truncate(sequences, draft, acceptance)
-        self._record(sequences, draft, acceptance, emitted, output)
+        acceptance, emitted, accepted = self._truncate(sequences, draft, acceptance)
+        self._record(sequences, draft, acceptance, emitted, accepted, output)
         self.target.commit(batch.slots, draft, acceptance)
         self.drafter.observe(context, draft, acceptance, output.logits)
         self._extend(sequences, emitted, acceptance, output)
@@ -254,12 +254,13 @@ class SpeculativeDecoder:
 
     def _truncate(
         self, sequences: list[_Sequence], draft: Draft, acceptance: Acceptance
-    ) -> tuple[Acceptance, list[tuple[list[int], str | None]]]:
+    ) -> tuple[Acceptance, list[tuple[list[int], str | None]], list[int]]:
         """Cut each path where EOS, a stop string or the limit falls inside it.
 
         Returns:
-            the acceptance, where a cut path counts as wholly accepted up to the cut, and for each
-            sequence the tokens it emits and why it ends with them (None: it goes on).
+            the acceptance, where a cut path counts as wholly accepted up to the cut; for each
+            sequence the tokens it emits and why it ends with them (None: it goes on); and how many
+            drafted tokens of each are accepted, as the acceptance says.
         """
         on_path = draft.tokens
         if not draft.is_chain:  # the path of a chain is the chain itself
@@ -277,14 +278,15 @@ class SpeculativeDecoder:
             is_cut |= kept <= counts[row]
             emitted.append((new[:kept], reason))
         if not is_cut:
-            return acceptance, emitted
+            return acceptance, emitted, counts
         lengths = torch.tensor([len(new) for new, _ in emitted], device=draft.tokens.device)
         was_cut = lengths <= acceptance.num_accepted
-        return replace(
+        cut = replace(
             acceptance,
             num_accepted=torch.minimum(acceptance.num_accepted, lengths),
             num_tried=torch.where(was_cut, lengths, acceptance.num_tried),
-        ), emitted
+        )
+        return cut, emitted, cut.num_accepted.tolist()
 
     def _record(
         self,
@@ -292,12 +294,12 @@ class SpeculativeDecoder:
         draft: Draft,
         acceptance: Acceptance,
         emitted: list[tuple[list[int], str | None]],
+        accepted: list[int],
         output: ModelOutput,
     ) -> None:
         """Count the step, and keep log-probabilities where they are wanted."""
         drafted = [count - 1 for count in draft.num_nodes.tolist()]
         tried = acceptance.num_tried.tolist()
-        accepted = acceptance.num_accepted.tolist()
         expected = acceptance.expected_accepted
         if draft.is_chain:
             at_leaf = [count == length for count, length in zip(accepted, drafted, strict=True)]

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class StepTrace:
+class StepTrace(NamedTuple):
     """One step of one sequence; the first is the prompt's own forward, without a draft.
 
     The emitted tokens are the accepted ones and then the target's own token: a bonus where the
