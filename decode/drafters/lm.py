@@ -103,6 +103,8 @@ class LMDrafter(Drafter):
         kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
         slots = context.slots.tolist()
         self.reader.cache.truncate(slots, kept)
+        if isinstance(self.length, Constant):
+            return  # it learns nothing
         drafted = [count - 1 for count in draft.num_nodes.tolist()]
         confidences = [self._confidences.get(slot, []) for slot in slots]
         self.length.observe(slots, drafted, accepted, confidences)
