@@ -19,10 +19,8 @@ two thirds of the variance between seeds; the lowest and highest τ of the seeds
 import argparse
 import dataclasses
 import json
-import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from safetensors import safe_open
+from trained_runs import PLAIN, Run, rows_of
 
 from decode import (
     Drafter,
@@ -49,167 +47,12 @@ from distill.prompts import Prompt, StandardLibraryPrompts
 from distill.report.bootstrap import Interval, divide, interval, resamples
 from distill.run_folder import canonical, content_hash, describe, differing_keys
 from distill.target import LoadedTarget, TargetSettings
-from distill.tracking import read_metrics
 
 TEMPERATURES = (0.0, 1.0)
 COUNTS = ("emitted", "steps", "accepted", "tried", "tokens", "seconds")
-PLAIN = "plain"  # our loop without a drafter, on the target that is given
 RESAMPLES = 2000
-# Settings that follow from others, or by which seeds differ.
-DERIVED = {
-    "seed",
-    "drafter.seed",
-    "drafter.path",
-    "objective.reference",
-    "joint.type",
-    "drafter_fingerprint",
-    "target_fingerprint",
-    "held_out_hash",
-    "data_hash",
-}
-
 Array = npt.NDArray[np.float64]
 Counts = Mapping[str, float]  # COUNTS -> of one output
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run of `draftsmith train`."""
-
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Of the run in the journal."""
-        return str(self.folder.resolve())
-
-    @property
-    def drafter(self) -> Path:
-        """The drafter's folder."""
-        return self.folder / "drafter"
-
-    @property
-    def own_target(self) -> Path | None:
-        """The target that was trained with it."""
-        path = self.drafter / "target"
-        return path if path.is_dir() else None
-
-    @property
-    def plain(self) -> str:
-        """Name of the plain loop on its target."""
-        return PLAIN if self.own_target is None else f"{PLAIN} {self.own_target.resolve()}"
-
-    def weights(self) -> str:
-        """Hash of the drafter, and of the target that was trained with it."""
-        hashes = [weights_hash(self.drafter)]
-        if self.own_target is not None:
-            hashes.append(weights_hash(self.own_target))
-        return "+".join(str(one) for one in hashes)
-
-    def settings(self) -> dict[str, Any]:
-        """Flat: dotted names to values."""
-        settings = json.loads((self.folder / "settings.json").read_text())["settings"]
-        return dict(flat(settings))
-
-    def seed(self) -> int:
-        """Of the training."""
-        return int(self.settings()["seed"])
-
-    def parameters(self) -> int:
-        """Numbers in the drafter's file."""
-        total = 0
-        for path in self.drafter.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
-                    total += int(np.prod(file.get_slice(key).get_shape()))
-        return total
-
-    def training(self) -> tuple[float, float]:
-        """Tokens, and the seconds they took, from the lines of metrics.jsonl."""
-        tokens = seconds = before = 0.0
-        for line in read_metrics(self.folder / "metrics.jsonl"):
-            if "tokens_per_second" in line:
-                new = line["tokens"] - before
-                before = line["tokens"]
-                tokens += new
-                seconds += new / line["tokens_per_second"]
-        return tokens, seconds
-
-
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of what lies in nested mappings."""
-    if not isinstance(value, dict):
-        yield prefix.rstrip("."), value
-        return
-    for key, inner in value.items():
-        yield from flat(inner, f"{prefix}{key}.")
-
-
-def rows_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by the settings in which they differ, the seed left out; in a row they go by seed.
-
-    Raises:
-        UserError: rows have other seeds than each other, or one twice.
-    """
-    settings = [run.settings() for run in runs]
-    names = sorted({name for one in settings for name in one} - DERIVED)
-    varied = [n for n in names if len({json.dumps(one.get(n)) for one in settings}) > 1]
-    rows = short_paths(str(one["data.rows"]) for one in settings if one.get("data.rows"))
-    # A class tells more than its fields: these count only among runs of the same class.
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run, one in zip(runs, settings, strict=True):
-        parts = []
-        for name in varied:
-            group, _, field = name.rpartition(".")
-            alike = [o for o in settings if o.get(f"{group}.type") == one.get(f"{group}.type")]
-            if field != "type" and len({json.dumps(o.get(name)) for o in alike}) == 1:
-                continue
-            value = one.get(name)
-            if value is not None:
-                shown = rows[str(value)] if name == "data.rows" else value
-                parts.append(str(shown) if field == "type" else f"{field} {shown}")
-        if run.own_target is not None:
-            parts.append("own target")
-        groups[", ".join(parts) or "drafter"].append(run)
-    found = {name: sorted(of_row, key=Run.seed) for name, of_row in groups.items()}
-    check_seeds({name: [run.seed() for run in of_row] for name, of_row in found.items()})
-    return {name + how_far_moved(of_row): of_row for name, of_row in found.items()}
-
-
-def short_paths(paths: Iterable[str]) -> dict[str, str]:
-    """Each path by the name of the folder it lies in, where that tells them apart."""
-    full = set(paths)
-    short = {path: Path(path).parent.name for path in full}
-    is_unique = len(set(short.values())) == len(full) and all(short.values())
-    return short if is_unique else {path: path for path in full}
-
-
-def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
-    """Rows are compared seed by seed.
-
-    Raises:
-        UserError: naming the seeds of every row.
-    """
-    listed = list(seeds.values())
-    if any(len(set(one)) < len(one) or one != listed[0] for one in listed):
-        told = "; ".join(f"{name}: {', '.join(map(str, one))}" for name, one in seeds.items())
-        raise UserError(
-            f"every row needs the same seeds, each once ({told})",
-            hint="train what is missing, or name fewer folders",
-        )
-
-
-def how_far_moved(runs: Sequence[Run]) -> str:
-    """What is added to the name of a row whose targets were trained too: the mean over seeds."""
-    if runs[0].own_target is None:
-        return ""
-    measured = [read_description(run.drafter).get("measured", {}) for run in runs]
-    if not all({"target_kl", "target_agreement"} <= one.keys() for one in measured):
-        return ""
-    kl, agreement = (
-        statistics.mean(one[name] for one in measured) for name in ("target_kl", "target_agreement")
-    )
-    return f" (KL {kl:.3f}, agreement {agreement:.3f})"
 
 
 @dataclass(frozen=True)
@@ -435,8 +278,12 @@ class Table:
 
     def tau_of_seeds(self, runs: Sequence[Run], temperature: float) -> list[float]:
         """Of every run by itself."""
-        pairs = [[self.pairs[r.name, temperature, p].own for p in self.prompts] for r in runs]
-        return [sum(o["emitted"] for o in of) / sum(o["steps"] for o in of) for of in pairs]
+
+        def total(run: Run, name: str) -> Array:
+            pairs = (self.pairs[run.name, temperature, prompt] for prompt in self.prompts)
+            return np.array(sum(pair.own[name] for pair in pairs))
+
+        return [float(divide(total(run, "emitted"), total(run, "steps"))) for run in runs]
 
     def speedup(self, runs: Sequence[Run], temperature: float) -> Array:
         """[1 + R] tokens per second over those of the plain loop."""
@@ -464,7 +311,7 @@ def cell(found: Interval | None, *, digits: int = 2, percent: bool = False) -> s
 def report(
     rows: Mapping[str, Sequence[Run]], table: Table
 ) -> tuple[list[list[str]], dict[str, dict[str, Any]]]:
-    """The table's cells, and the figures behind them."""
+    """The table's cells, and the figures behind them; None is one that is not defined."""
     head = ["", "parameters", "training tokens/s"]
     for temperature in TEMPERATURES:
         where = f"T={temperature:g}"
@@ -498,7 +345,8 @@ def report(
                 cell(found["speed"]),
             ]
             record[f"T={temperature:g}"] = {
-                key: None if one is None else dataclasses.asdict(one) for key, one in found.items()
+                key: None if one is None or np.isnan(one.value) else dataclasses.asdict(one)
+                for key, one in found.items()
             } | {"tau_of_seeds": each}
         lines.append(line)
         figures[name] = record
@@ -537,7 +385,8 @@ def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
         UserError: the runs, the target and the journal do not belong together.
     """
     rows = rows_of(runs)
-    target = TargetSettings(path=args.target, device="cpu").load()
+    where = TargetSettings(path=args.target, device="cpu")
+    target = where.load()
     source = StandardLibraryPrompts(
         split="evaluate", limit=args.prompts, prompt_tokens=args.prompt_tokens
     )
@@ -546,6 +395,7 @@ def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
     journal = args.out / "journal.jsonl"
     settings = {
         "target": target.fingerprint,
+        "target_weights": weights_hash(Path(where.location)),
         "prompts": describe(source),
         "prompts_hash": content_hash([prompt.id for prompt in prompts]),
         "temperatures": TEMPERATURES,
