@@ -6,18 +6,21 @@
 
 Runs that differ in nothing but the seed share a row, named by the settings in which rows differ.
 All drafters continue the same held-out prompts one by one, in chains, beside our loop without a
-drafter; every prompt's counts are on disk as they come, and a second call goes on from there. α, τ
-and the change of τ against the first row carry 95 % intervals of a bootstrap over prompts and over
-seeds at once (few seeds make them too narrow; the spread of τ over seeds stands beside). A run that
-trained its target too is measured with that target.
+drafter. Every output's counts are on disk as they come, and a second call goes on from there: it
+times the loop without a drafter again, and an output's time is only ever held against that loop's
+on the same prompt in the same call. A run that trained its target too is measured with that target,
+its speed is over the plain loop on that target, and its τ is not compared with the others'.
+
+α, τ, speed and the change of τ against the first row carry 95 % intervals of a bootstrap over
+prompts and over seeds at once. Few seeds make them too narrow: three, drawn with replacement, show
+two thirds of the variance between seeds; the lowest and highest τ of the seeds stand beside.
 """
 
 import argparse
+import dataclasses
 import json
-import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trained_runs import PLAIN, Run, rows_of
 
 from decode import (
     Drafter,
@@ -38,146 +40,132 @@ from decode import (
     lay_out_for_decoding,
 )
 from decode.drafters import NoDrafter, load_drafter
+from distill.drafter_folder import check_target, read_description, weights_hash
+from distill.errors import UserError
 from distill.progress import Progress
 from distill.prompts import Prompt, StandardLibraryPrompts
+from distill.report.bootstrap import Interval, divide, interval, resamples
+from distill.run_folder import canonical, content_hash, describe, differing_keys
+from distill.target import LoadedTarget, TargetSettings
 
 TEMPERATURES = (0.0, 1.0)
 COUNTS = ("emitted", "steps", "accepted", "tried", "tokens", "seconds")
-PLAIN = ""  # the name of our loop without a drafter
 RESAMPLES = 2000
-# Settings that follow from others, or by which seeds differ.
-DERIVED = {
-    "seed",
-    "drafter.seed",
-    "drafter_fingerprint",
-    "target_fingerprint",
-    "held_out_hash",
-    "data_hash",
-}
-
 Array = npt.NDArray[np.float64]
-Counts = dict[tuple[str, float, str], dict[str, float]]  # (run, temperature, prompt) -> COUNTS
+Counts = Mapping[str, float]  # COUNTS -> of one output
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run of `draftsmith train`."""
+class Mode:
+    """A way to decode.
 
-    folder: Path
+    Attributes:
+        name: in the journal.
+        weights: hash of what it decodes with.
+        plain: name of the mode that its time is held against.
+        target: what it decodes for.
+        drafter: what drafts.
+    """
 
-    @property
-    def name(self) -> str:
-        """Of the run in the journal."""
-        return str(self.folder)
-
-    @property
-    def drafter(self) -> Path:
-        """The drafter's folder."""
-        return self.folder / "drafter"
-
-    @property
-    def own_target(self) -> Path | None:
-        """The target that was trained with it."""
-        path = self.drafter / "target"
-        return path if path.is_dir() else None
-
-    def settings(self) -> dict[str, Any]:
-        """Flat: dotted names to values."""
-        settings = json.loads((self.folder / "settings.json").read_text())["settings"]
-        return dict(flat(settings))
-
-    def parameters(self) -> int:
-        """Numbers in the drafter's file."""
-        total = 0
-        for path in self.drafter.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
-                    total += int(np.prod(file.get_slice(key).get_shape()))
-        return total
-
-    def training_speed(self) -> float:
-        """Median of tokens per second over the lines of metrics.jsonl."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        rates = [r["tokens_per_second"] for r in map(json.loads, lines) if "tokens_per_second" in r]
-        return statistics.median(rates) if rates else float("nan")
+    name: str
+    weights: str
+    plain: str
+    target: Target
+    drafter: Drafter
 
 
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of what lies in nested mappings."""
-    if not isinstance(value, dict):
-        yield prefix.rstrip("."), value
-        return
-    for key, inner in value.items():
-        yield from flat(inner, f"{prefix}{key}.")
+@dataclass(frozen=True)
+class Output:
+    """A line of the journal: one output of a mode, and the call of this script that made it."""
+
+    session: int
+    mode: str
+    weights: str
+    temperature: float
+    prompt: str
+    counts: dict[str, float]
 
 
-def rows_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by the settings in which they differ, the seed left out."""
-    settings = [run.settings() for run in runs]
-    names = sorted({name for one in settings for name in one} - DERIVED)
-    varied = [n for n in names if len({json.dumps(one.get(n)) for one in settings}) > 1]
-    # A class tells more than its fields: these count only among runs of the same class.
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run, one in zip(runs, settings, strict=True):
-        parts = []
-        for name in varied:
-            group, _, field = name.rpartition(".")
-            alike = [o for o in settings if o.get(f"{group}.type") == one.get(f"{group}.type")]
-            if field != "type" and len({json.dumps(o.get(name)) for o in alike}) == 1:
-                continue
-            value = one.get(name)
-            if value is not None:
-                short = Path(str(value)).parent.name if field == "rows" else value
-                parts.append(str(short) if field == "type" else f"{field} {short}")
-        groups[", ".join(parts) or "drafter"].append(run)
-    return dict(groups)
+@dataclass(frozen=True)
+class Pair:
+    """Counts of an output, and of the plain loop's on the same prompt in the same session."""
+
+    own: Counts
+    plain: Counts
+
+
+Pairs = dict[tuple[str, float, str], Pair]  # (run, temperature, prompt) ->
+
+
+def modes_of(runs: Sequence[Run], given: LoadedTarget, draft_length: int) -> dict[str, Mode]:
+    """Every run's drafter, and the plain loop on every target.
+
+    Raises:
+        UserError: a drafter was made for another target.
+    """
+
+    def plain(name: str, target: LoadedTarget) -> Mode:
+        lay_out_for_decoding(target.model)
+        wrapped = Target(target.model, max_batch_size=1)
+        return Mode(name, target.fingerprint, name, wrapped, NoDrafter())
+
+    targets = {PLAIN: given}
+    modes = {PLAIN: plain(PLAIN, given)}
+    for run in runs:
+        if run.plain not in modes:
+            targets[run.plain] = TargetSettings(path=str(run.own_target), device="cpu").load()
+            modes[run.plain] = plain(run.plain, targets[run.plain])
+        check_target(read_description(run.drafter), run.drafter, targets[run.plain])
+        wrapped = modes[run.plain].target
+        drafter = load_drafter(
+            run.drafter,
+            target=wrapped,
+            draft=draft_length,
+            tokenizer=targets[run.plain].tokenizer,
+        )
+        modes[run.name] = Mode(run.name, run.weights(), run.plain, wrapped, drafter)
+    return modes
 
 
 def measure(
-    runs: Sequence[Run], prompts: Sequence[Prompt], args: argparse.Namespace, journal: Path
-) -> Counts:
-    """Every drafter on every prompt, at both temperatures."""
-    counts = read(journal)
-    targets: dict[Path, Target] = {}
-
-    def target_at(path: Path) -> Target:
-        if path not in targets:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            lay_out_for_decoding(model)
-            targets[path] = Target(model, max_batch_size=1)
-        return targets[path]
-
-    common = target_at(Path(args.target))
-    drafters: dict[str, tuple[Target, Drafter]] = {PLAIN: (common, NoDrafter())}
-    for run in runs:
-        target = common if run.own_target is None else target_at(run.own_target)
-        drafter = load_drafter(run.drafter, target=target, draft=args.draft_length)
-        drafters[run.name] = (target, drafter)
-    total = len(prompts) * len(TEMPERATURES) * len(drafters)
+    modes: Mapping[str, Mode], prompts: Sequence[Prompt], max_new_tokens: int, journal: Path
+) -> Pairs:
+    """Every drafter on every prompt, at both temperatures, as far as it is not in the journal."""
+    outputs = read(journal)
+    check_weights(outputs, {mode.name: mode.weights for mode in modes.values()}, journal)
+    plain_of = {mode.name: mode.plain for mode in modes.values() if mode.name != mode.plain}
+    done = paired(outputs, plain_of)
+    session = 1 + max((output.session for output in outputs), default=0)
+    work: list[tuple[Prompt, float, list[Mode]]] = []
+    for number, prompt in enumerate(prompts):
+        for temperature in TEMPERATURES:
+            left = [n for n in plain_of if (n, temperature, prompt.id) not in done]
+            needed = {plain_of[name] for name in left} | set(left)
+            order = [mode for mode in modes.values() if mode.name in needed]
+            shift = number % max(len(order), 1)
+            work.append((prompt, temperature, order[shift:] + order[:shift]))
+    warm_up = {mode.name: mode for _, _, order in work for mode in order}
+    total = len(warm_up) + sum(len(order) for _, _, order in work)
     with journal.open("a") as file, Progress(total, unit="outputs", label="measure") as progress:
-        progress.skip(sum(name in drafters for name, _, _ in counts))
-        for number, prompt in enumerate(prompts):
-            for temperature in TEMPERATURES:
-                names = list(drafters)
-                shift = number % len(names)
-                for name in names[shift:] + names[:shift]:
-                    key = (name, temperature, prompt.id)
-                    if key in counts:
-                        continue
-                    counts[key] = decode(*drafters[name], prompt, temperature, args.max_new_tokens)
-                    file.write(json.dumps([*key, counts[key]]) + "\n")
-                    file.flush()
-                    progress.advance(1)
-    return counts
+        for mode in warm_up.values():
+            decode(mode, prompts[0], TEMPERATURES[0], max_new_tokens)
+            progress.advance(1)
+        for prompt, temperature, order in work:
+            for mode in order:
+                counts = decode(mode, prompt, temperature, max_new_tokens)
+                output = Output(session, mode.name, mode.weights, temperature, prompt.id, counts)
+                outputs.append(output)
+                file.write(json.dumps(dataclasses.asdict(output)) + "\n")
+                file.flush()
+                progress.advance(1)
+    return paired(outputs, plain_of)
 
 
-def decode(
-    target: Target, drafter: Drafter, prompt: Prompt, temperature: float, max_new_tokens: int
-) -> dict[str, float]:
+def decode(mode: Mode, prompt: Prompt, temperature: float, max_new_tokens: int) -> dict[str, float]:
     """One output."""
     sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
     request = Request(id=prompt.id, prompt=prompt.ids, sampling=sampling)
-    decoder = SpeculativeDecoder(target, drafter)
+    decoder = SpeculativeDecoder(mode.target, mode.drafter)
     started = time.perf_counter()
     (result,) = decoder.generate([request])
     seconds = time.perf_counter() - started
@@ -193,105 +181,173 @@ def decode(
     return dict(zip(COUNTS, map(float, found), strict=True))
 
 
-def read(journal: Path) -> Counts:
-    """What was measured before; a last line that a kill cut short is dropped."""
-    found: Counts = {}
-    if journal.is_file():
-        text = journal.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            journal.write_text(whole)
-        for line in whole.splitlines():
-            name, temperature, prompt, counts = json.loads(line)
-            found[name, temperature, prompt] = counts
-    return found
+def begin(journal: Path, settings: Mapping[str, Any]) -> None:
+    """Open the journal with the settings as its first line, or go on with one that has the same.
+
+    A last line that a kill cut short is dropped.
+
+    Raises:
+        UserError: it holds measurements with other settings.
+    """
+    now = json.loads(canonical({"settings": settings}))
+    text = journal.read_text() if journal.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        journal.write_text(json.dumps(now) + "\n")
+        return
+    before = json.loads(whole.splitlines()[0])
+    if "settings" not in before:
+        raise UserError("the journal does not say with which settings", journal, "remove it")
+    changed = differing_keys(before["settings"], now["settings"])
+    if changed:
+        raise UserError(
+            f"the journal holds measurements with other settings ({', '.join(changed)} differ)",
+            journal,
+            "choose another --out, or remove this one",
+        )
+    if whole != text:
+        journal.write_text(whole)
+
+
+def read(journal: Path) -> list[Output]:
+    """What was measured before."""
+    return [Output(**json.loads(line)) for line in journal.read_text().splitlines()[1:]]
+
+
+def check_weights(outputs: Iterable[Output], weights: Mapping[str, str], journal: Path) -> None:
+    """What is in the journal was made by what is compared now.
+
+    Raises:
+        UserError: a run has other weights than when it was measured.
+    """
+    for output in outputs:
+        now = weights.get(output.mode, output.weights)
+        if output.weights != now:
+            raise UserError(
+                f"the journal holds measurements of {output.mode} with other weights "
+                f"({output.weights}, now {now})",
+                journal,
+                "choose another --out, or remove this one",
+            )
+
+
+def paired(outputs: Sequence[Output], plain_of: Mapping[str, str]) -> Pairs:
+    """The outputs of every run whose plain output was made in the same session."""
+    counts = {(o.session, o.mode, o.temperature, o.prompt): o.counts for o in outputs}
+    pairs = {}
+    for output in outputs:
+        plain = plain_of.get(output.mode)
+        if plain is not None:
+            where = output.temperature, output.prompt
+            if (output.session, plain, *where) in counts:
+                beside = counts[output.session, plain, *where]
+                pairs[output.mode, *where] = Pair(output.counts, beside)
+    return pairs
 
 
 class Table:
     """Sums over prompts and seeds, and their bootstrap."""
 
-    def __init__(self, counts: Counts, prompts: Sequence[Prompt], num_seeds: int):
-        """All rows have as many seeds."""
-        self.counts = counts
-        self.prompts = [prompt.id for prompt in prompts]
-        rng = np.random.default_rng(0)
-        self.prompt_draws = rng.integers(len(prompts), size=(RESAMPLES, len(prompts)))
-        self.seed_draws = rng.integers(num_seeds, size=(RESAMPLES, num_seeds))
+    def __init__(self, pairs: Pairs, prompts: Sequence[str], num_seeds: int):
+        """`prompts` by id; all rows have as many seeds."""
+        self.pairs = pairs
+        self.prompts = prompts
+        self.prompt_draws = resamples(len(prompts), RESAMPLES, 0)
+        self.seed_draws = resamples(num_seeds, RESAMPLES, 1)
 
-    def sums(self, runs: Sequence[Run], temperature: float, name: str) -> Array:
-        """[S, P] of one count."""
-        return np.array(
-            [[self.counts[r.name, temperature, p][name] for p in self.prompts] for r in runs]
-        )
-
-    def samples(self, values: Array) -> Array:
-        """[1 + R] the sum, then those of the resamples."""
+    def samples(self, runs: Sequence[Run], temperature: float, side: str, name: str) -> Array:
+        """[1 + R] a count of one side of the pairs, summed, then the sums of the resamples."""
+        values = np.array(
+            [
+                [getattr(self.pairs[r.name, temperature, p], side)[name] for p in self.prompts]
+                for r in runs
+            ]
+        )  # [S, P]
         by_prompt = values[self.seed_draws].sum(1)  # [R, P]
         drawn = np.take_along_axis(by_prompt, self.prompt_draws, axis=1).sum(1)
         return np.concatenate([[values.sum()], drawn])
 
-    def rate(self, runs: Sequence[Run], temperature: float, above: str, below: str) -> Array:
-        """[1 + R] of a ratio of sums."""
-        top = self.samples(self.sums(runs, temperature, above))
-        rate: Array = top / np.maximum(self.samples(self.sums(runs, temperature, below)), 1e-9)
-        return rate
+    def rate(
+        self, runs: Sequence[Run], temperature: float, above: str, below: str, side: str = "own"
+    ) -> Array:
+        """[1 + R] of a ratio of sums; 0 / 0 is NaN."""
+        return divide(
+            self.samples(runs, temperature, side, above),
+            self.samples(runs, temperature, side, below),
+        )
+
+    def tau_of_seeds(self, runs: Sequence[Run], temperature: float) -> list[float]:
+        """Of every run by itself."""
+
+        def total(run: Run, name: str) -> Array:
+            pairs = (self.pairs[run.name, temperature, prompt] for prompt in self.prompts)
+            return np.array(sum(pair.own[name] for pair in pairs))
+
+        return [float(divide(total(run, "emitted"), total(run, "steps"))) for run in runs]
 
     def speedup(self, runs: Sequence[Run], temperature: float) -> Array:
-        """[1 + R] tokens per second over those of the loop without a drafter."""
-        plain = {
-            name: np.array([[self.counts[PLAIN, temperature, p][name] for p in self.prompts]])
-            for name in ("tokens", "seconds")
-        }
-        rate = self.rate(runs, temperature, "tokens", "seconds")
-        slow = {name: np.repeat(values, len(runs), axis=0) for name, values in plain.items()}
-        speedup: Array = rate * self.samples(slow["seconds"]) / self.samples(slow["tokens"])
-        return speedup
+        """[1 + R] tokens per second over those of the plain loop."""
+        return divide(
+            self.rate(runs, temperature, "tokens", "seconds"),
+            self.rate(runs, temperature, "tokens", "seconds", side="plain"),
+        )
+
+    def interval(self, samples: Array) -> Interval:
+        """The first is the value, the others are resamples of it."""
+        return interval(samples[0], samples[1:], len(self.prompts))
 
 
-def cell(samples: Array, *, digits: int = 2, percent: bool = False) -> str:
+def cell(found: Interval | None, *, digits: int = 2, percent: bool = False) -> str:
     """The value and its interval."""
-    low, high = np.quantile(samples[1:], [0.025, 0.975])
+    if found is None or np.isnan(found.value):
+        return "–"
+    value, low, high = found.value, found.low, found.high
     if percent:
-        value, low, high = (100 * (x - 1) for x in (samples[0], low, high))
+        value, low, high = (100 * (x - 1) for x in (value, low, high))
         return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
-    return f"{samples[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def report(
     rows: Mapping[str, Sequence[Run]], table: Table
 ) -> tuple[list[list[str]], dict[str, dict[str, Any]]]:
-    """The table's cells, and the figures behind them."""
+    """The table's cells, and the figures behind them; None is one that is not defined."""
     head = ["", "parameters", "training tokens/s"]
     for temperature in TEMPERATURES:
         where = f"T={temperature:g}"
-        head += [f"α, {where}", f"τ, {where}", f"seeds, {where}", "change", f"speed, {where}"]
-    first = next(iter(rows.values()))
+        head += [f"α, {where}", f"τ, {where}", f"τ of seeds, {where}"]
+        head += [f"change of τ, {where}", f"speed, {where}"]
+    first = next((runs for runs in rows.values() if runs[0].own_target is None), None)
     lines, figures = [head], {}
     for name, runs in rows.items():
-        speeds = statistics.median(run.training_speed() for run in runs)
-        line = [name, f"{runs[0].parameters() / 1e6:.2f} M", f"{speeds:,.0f}"]
-        record: dict[str, Any] = {"parameters": runs[0].parameters(), "training_speed": speeds}
+        tokens, seconds = np.sum([run.training() for run in runs], axis=0)
+        speed = float(tokens / seconds) if seconds else float("nan")
+        line = [name, f"{runs[0].parameters() / 1e6:.2f} M", f"{speed:,.0f}"]
+        record: dict[str, Any] = {"parameters": runs[0].parameters(), "training_speed": speed}
         for temperature in TEMPERATURES:
             tau = table.rate(runs, temperature, "emitted", "steps")
-            alpha = table.rate(runs, temperature, "accepted", "tried")
-            of_first = table.rate(first, temperature, "emitted", "steps")
-            speed = table.speedup(runs, temperature)
-            each = [float(table.rate([run] * len(runs), temperature, "emitted", "steps")[0])
-                    for run in runs]  # fmt: skip
+            change = None
+            if first is not None and runs[0].own_target is None:
+                of_first = table.rate(first, temperature, "emitted", "steps")
+                change = table.interval(divide(tau, of_first))
+            each = table.tau_of_seeds(runs, temperature)
+            found = {
+                "alpha": table.interval(table.rate(runs, temperature, "accepted", "tried")),
+                "tau": table.interval(tau),
+                "change": change,
+                "speed": table.interval(table.speedup(runs, temperature)),
+            }
             line += [
-                cell(alpha, digits=3),
-                cell(tau),
+                cell(found["alpha"], digits=3),
+                cell(found["tau"]),
                 f"{min(each):.2f}–{max(each):.2f}",
-                "–" if runs is first else cell(tau / of_first, percent=True),
-                cell(speed),
+                "–" if runs is first else cell(change, percent=True),
+                cell(found["speed"]),
             ]
             record[f"T={temperature:g}"] = {
-                "alpha": alpha[0],
-                "tau": tau[0],
-                "tau_of_seeds": each,
-                "change": list(np.quantile((tau / of_first)[1:], [0.025, 0.975])),
-                "speed": speed[0],
-            }
+                key: None if one is None or np.isnan(one.value) else dataclasses.asdict(one)
+                for key, one in found.items()
+            } | {"tau_of_seeds": each}
         lines.append(line)
         figures[name] = record
     return lines, figures
@@ -303,7 +359,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of draftsmith train")
-    parser.add_argument("--target", default="distill/embedded_target")
+    parser.add_argument("--target", default="embedded", help="folder, hub id or embedded")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -316,22 +372,48 @@ def main() -> None:
     runs = [Run(path) for path in args.runs if (path / "summary.json").is_file()]
     if not runs:
         raise SystemExit("none of the folders holds a finished run of draftsmith train")
+    try:
+        compare(runs, args)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+
+
+def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    """Measure what is not measured yet, and write the table.
+
+    Raises:
+        UserError: the runs, the target and the journal do not belong together.
+    """
     rows = rows_of(runs)
-    seeds = {name: len(of_row) for name, of_row in rows.items()}
-    if len(set(seeds.values())) > 1:
-        raise SystemExit(f"rows must have as many seeds as each other: {seeds}")
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    where = TargetSettings(path=args.target, device="cpu")
+    target = where.load()
     source = StandardLibraryPrompts(
         split="evaluate", limit=args.prompts, prompt_tokens=args.prompt_tokens
     )
-    prompts = source.load(tokenizer)
+    prompts = source.load(target.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
-    counts = measure(runs, prompts, args, args.out / "journal.jsonl")
-    lines, figures = report(rows, Table(counts, prompts, next(iter(seeds.values()))))
+    journal = args.out / "journal.jsonl"
+    settings = {
+        "target": target.fingerprint,
+        "target_weights": weights_hash(Path(where.location)),
+        "prompts": describe(source),
+        "prompts_hash": content_hash([prompt.id for prompt in prompts]),
+        "temperatures": TEMPERATURES,
+        "max_new_tokens": args.max_new_tokens,
+        "draft_length": args.draft_length,
+        "threads": args.threads,
+        "torch": torch.__version__,
+    }
+    begin(journal, settings)
+    modes = modes_of(runs, target, args.draft_length)
+    pairs = measure(modes, prompts, args.max_new_tokens, journal)
+    num_seeds = len(next(iter(rows.values())))
+    lines, figures = report(rows, Table(pairs, [prompt.id for prompt in prompts], num_seeds))
     lines.insert(1, ["---"] * len(lines[0]))
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     (args.out / "table.md").write_text(text)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    record = {"settings": settings, "rows": figures}
+    (args.out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
     print(text)
 
 

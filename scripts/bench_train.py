@@ -6,13 +6,21 @@
 Teacher of 8 layers of width 256, student of 1 layer of 128, both Llamas with random weights and
 8,192 ids; 8 sequences of 512 tokens per step, of which the last three quarters are learnt; one
 thread. Every run is a process of its own; they alternate, round after round, and the median over
-rounds counts. Ours goes through `Trainer`, as `draftsmith train` does. `--json FILE` writes
+rounds counts. Ours goes through `Trainer`, as `draftsmith train` does.
 
-    tokens_per_s_over_trl         forward KL beside the live teacher / TRL's better setting of two:
-                                  float32, and its defaults (bf16 autocast, checkpointed gradients)
-    stored_tokens_per_s_over_trl  the same from 16 stored log-probabilities per token
-    jsd_tokens_per_s_over_trl     JSD(0.5) beside the live teacher / TRL's in float32
-    peak_memory_over_trl          of the process: ours with the live teacher / TRL's smaller one
+Both sides compute products in bf16 (autocast; weights and moments stay float32) and in float32.
+TRL runs forward KL in three settings: float32, bf16, and its defaults, which are bf16 with
+checkpointed gradients; JSD(0.5) in the first two. `--json FILE` writes the rows and
+
+    tokens_per_s_over_trl         ours, forward KL beside the live teacher, bf16 (our default)
+                                  / TRL's fastest of its three settings
+    stored_tokens_per_s_over_trl  ours from 16 stored log-probabilities per token, bf16 / the same
+    jsd_tokens_per_s_over_trl     ours, JSD(0.5) beside the live teacher, bf16
+                                  / TRL's faster of its two settings
+    peak_memory_over_trl          of the process: ours, forward KL beside the live teacher, bf16
+                                  / TRL's lowest of its three settings for forward KL
+    tokens_per_s_fp32_over_trl_fp32, jsd_tokens_per_s_fp32_over_trl_fp32
+                                  ours with precision=no / TRL's in float32
 """
 
 import argparse
@@ -23,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +44,7 @@ from transformers.utils import logging
 from distill.alignment.lm import LiveTarget, LMAlignment
 from distill.batches import BatchStream, Example, Pool
 from distill.laws import TopLaw
-from distill.loop import Schedule, Trainee, Trainer, TrainerSettings
+from distill.loop import Precision, Schedule, Trainee, Trainer, TrainerSettings
 from distill.objectives import ForwardKL, JensenShannon
 from distill.standard_library import pieces
 from distill.teachers.stored import StoredTop
@@ -48,8 +57,21 @@ TEMPLATE = (
     "{% for m in messages %}{{ '# ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '# assistant\n' }}{% endif %}"
 )
-OURS = ("live", "stored", "live_jsd")
-TRL = ("forward_kl", "forward_kl_defaults", "jsd")
+# Mode -> precision of the products, for the printed rows.
+OURS = {
+    "live": "bf16",
+    "live_fp32": "fp32",
+    "stored": "bf16",
+    "live_jsd": "bf16",
+    "live_jsd_fp32": "fp32",
+}
+TRL = {
+    "forward_kl_fp32": "fp32",
+    "forward_kl_bf16": "bf16",
+    "forward_kl_defaults": "bf16",
+    "jsd_fp32": "fp32",
+    "jsd_bf16": "bf16",
+}
 Figures = dict[str, float]
 
 
@@ -115,13 +137,14 @@ def ours(folder: Path, mode: str, steps: int) -> Figures:
         micro_batch_size=BATCH,
         sequence_length=LENGTH,
         learning_rate=1e-4,
+        precision=Precision.no if OURS[mode] == "fp32" else Precision.bf16,
         warmup_steps=0,
         schedule=Schedule.constant,
         log_every=1,
         checkpoint_every=steps,
         num_threads=1,
     )
-    objective = JensenShannon() if mode == "live_jsd" else ForwardKL()
+    objective = JensenShannon() if "jsd" in mode else ForwardKL()
     output = Path(tempfile.mkdtemp(dir=folder))
     trainer = Trainer(
         Trainee(student, LMAlignment(student), objective, teacher, settings.precision),
@@ -159,14 +182,38 @@ def timed(python: str, arguments: list[str]) -> Figures:
     return figures
 
 
+def over_trl(median: Mapping[str, Figures]) -> Figures:
+    """The ratios that the module's docstring explains, from the figures of each mode."""
+
+    def speeds(prefix: str) -> list[float]:
+        return [
+            run["tokens_per_s"] for mode, run in median.items() if mode.startswith(f"trl_{prefix}")
+        ]
+
+    def speed(mode: str) -> float:
+        return median[mode]["tokens_per_s"]
+
+    lowest = min(
+        run["peak_mb"] for mode, run in median.items() if mode.startswith("trl_forward_kl")
+    )
+    return {
+        "tokens_per_s_over_trl": speed("live") / max(speeds("forward_kl")),
+        "stored_tokens_per_s_over_trl": speed("stored") / max(speeds("forward_kl")),
+        "jsd_tokens_per_s_over_trl": speed("live_jsd") / max(speeds("jsd")),
+        "peak_memory_over_trl": median["live"]["peak_mb"] / lowest,
+        "tokens_per_s_fp32_over_trl_fp32": speed("live_fp32") / speed("trl_forward_kl_fp32"),
+        "jsd_tokens_per_s_fp32_over_trl_fp32": speed("live_jsd_fp32") / speed("trl_jsd_fp32"),
+    }
+
+
 def main() -> None:
     """Alternate, and print the medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trl-python", help="the interpreter of an environment with trl 1.16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="the first two are not timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "MODE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -191,30 +238,22 @@ def main() -> None:
         mode: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for mode, found in runs.items()
     }
-    print(f"{'':24} {'tokens/s':>9} {'rounds':>24} {'peak MB':>8} {'loss':>8}")
+    precision = OURS | {f"trl_{mode}": held for mode, held in TRL.items()}
+    print(f"{'':24} {'':4} {'tokens/s':>9} {'rounds':>24} {'peak MB':>8} {'loss':>8}")
     for mode, figures in median.items():
         rounds = " ".join(f"{run['tokens_per_s']:.0f}" for run in runs[mode])
         print(
-            f"{mode:24} {figures['tokens_per_s']:9.0f} {rounds:>24} {figures['peak_mb']:8.0f} "
-            f"{figures['loss']:8.4f}"
+            f"{mode:24} {precision[mode]:4} {figures['tokens_per_s']:9.0f} {rounds:>24} "
+            f"{figures['peak_mb']:8.0f} {figures['loss']:8.4f}"
         )
     if not arguments.trl_python:
         return
-    theirs = [median["trl_forward_kl"], median["trl_forward_kl_defaults"]]
-    best = max(figures["tokens_per_s"] for figures in theirs)
-    ratios = {
-        "tokens_per_s_over_trl": median["live"]["tokens_per_s"] / best,
-        "stored_tokens_per_s_over_trl": median["stored"]["tokens_per_s"] / best,
-        "jsd_tokens_per_s_over_trl": (
-            median["live_jsd"]["tokens_per_s"] / median["trl_jsd"]["tokens_per_s"]
-        ),
-        "peak_memory_over_trl": (
-            median["live"]["peak_mb"] / min(figures["peak_mb"] for figures in theirs)
-        ),
-    }
+    ratios = over_trl(median)
     print("\n".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(ratios | {"runs": runs}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(ratios | {"precision": precision, "runs": runs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer  # type: ignore[import-not-found]
 
 WARM_UP = 2
-PLAIN = {"bf16": False, "gradient_checkpointing": False}  # TRL's defaults are True and True
+FP32 = {"bf16": False, "gradient_checkpointing": False}
+BF16 = {"bf16": True, "gradient_checkpointing": False}
 MODES: dict[str, dict[str, Any]] = {
-    "forward_kl": {"beta": 0.0, **PLAIN},
-    "forward_kl_defaults": {"beta": 0.0},
-    "jsd": {"beta": 0.5, **PLAIN},
+    "forward_kl_fp32": {"beta": 0.0, **FP32},
+    "forward_kl_bf16": {"beta": 0.0, **BF16},
+    "forward_kl_defaults": {"beta": 0.0},  # bf16, checkpointed gradients
+    "jsd_fp32": {"beta": 0.5, **FP32},
+    "jsd_bf16": {"beta": 0.5, **BF16},
 }
 
 

@@ -47,9 +47,9 @@ def ratio(numerator: Array, denominator: Array, draws: NDArray[np.int64]) -> Int
         denominator: [P].
         draws: [R, P] of `resamples`.
     """
-    return _interval(
-        _divide(numerator.sum(), denominator.sum()),
-        _divide(numerator[draws].sum(1), denominator[draws].sum(1)),
+    return interval(
+        divide(numerator.sum(), denominator.sum()),
+        divide(numerator[draws].sum(1), denominator[draws].sum(1)),
         draws.shape[1],
     )
 
@@ -65,19 +65,21 @@ def ratio_of_ratios(
 
     def figure(rows: NDArray[np.int64] | slice) -> Array:
         axis = -1
-        ours = _divide(numerator[rows].sum(axis), denominator[rows].sum(axis))
-        theirs = _divide(other_numerator[rows].sum(axis), other_denominator[rows].sum(axis))
-        return _divide(ours, theirs)
+        ours = divide(numerator[rows].sum(axis), denominator[rows].sum(axis))
+        theirs = divide(other_numerator[rows].sum(axis), other_denominator[rows].sum(axis))
+        return divide(ours, theirs)
 
-    return _interval(figure(slice(None)), figure(draws), draws.shape[1])
+    return interval(figure(slice(None)), figure(draws), draws.shape[1])
 
 
-def _divide(a: Array, b: Array) -> Array:
+def divide(a: Array, b: Array) -> Array:
+    """The quotient, NaN where b is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(b == 0, np.nan, np.divide(a, b))
 
 
-def _interval(value: Array, samples: Array, num_prompts: int) -> Interval:
+def interval(value: Array, samples: Array, num_prompts: int) -> Interval:
+    """A figure and the expanded percentiles of its resamples."""
     if np.isnan(value) or np.isnan(samples).all():
         return Interval(float("nan"), float("nan"), float("nan"))
     outside = tail(num_prompts)

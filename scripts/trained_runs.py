@@ -1,0 +1,170 @@
+"""Finished runs of `draftsmith train`, and how they share the rows of a table."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from distill.drafter_folder import read_description, weights_hash
+from distill.errors import UserError
+from distill.tracking import read_metrics
+
+PLAIN = "plain"  # our loop without a drafter, on the target that is given
+# Settings that follow from others, or by which seeds differ.
+DERIVED = {
+    "seed",
+    "drafter.seed",
+    "drafter.path",
+    "objective.reference",
+    "joint.type",
+    "drafter_fingerprint",
+    "target_fingerprint",
+    "held_out_hash",
+    "data_hash",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of `draftsmith train`."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the run in the journal."""
+        return str(self.folder.resolve())
+
+    @property
+    def drafter(self) -> Path:
+        """The drafter's folder."""
+        return self.folder / "drafter"
+
+    @property
+    def own_target(self) -> Path | None:
+        """The target that was trained with it."""
+        path = self.drafter / "target"
+        return path if path.is_dir() else None
+
+    @property
+    def plain(self) -> str:
+        """Name of the plain loop on its target."""
+        return PLAIN if self.own_target is None else f"{PLAIN} {self.own_target.resolve()}"
+
+    def weights(self) -> str:
+        """Hash of the drafter, and of the target that was trained with it."""
+        hashes = [weights_hash(self.drafter)]
+        if self.own_target is not None:
+            hashes.append(weights_hash(self.own_target))
+        return "+".join(str(one) for one in hashes)
+
+    def settings(self) -> dict[str, Any]:
+        """Flat: dotted names to values."""
+        settings = json.loads((self.folder / "settings.json").read_text())["settings"]
+        return dict(flat(settings))
+
+    def seed(self) -> int:
+        """Of the training."""
+        return int(self.settings()["seed"])
+
+    def parameters(self) -> int:
+        """Numbers in the drafter's file."""
+        total = 0
+        for path in self.drafter.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    total += int(np.prod(file.get_slice(key).get_shape()))
+        return total
+
+    def training(self) -> tuple[float, float]:
+        """Tokens, and the seconds they took, from the lines of metrics.jsonl."""
+        tokens = seconds = before = 0.0
+        for line in read_metrics(self.folder / "metrics.jsonl"):
+            if "tokens_per_second" in line:
+                new = line["tokens"] - before
+                before = line["tokens"]
+                tokens += new
+                seconds += new / line["tokens_per_second"]
+        return tokens, seconds
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what lies in nested mappings."""
+    if not isinstance(value, dict):
+        yield prefix.rstrip("."), value
+        return
+    for key, inner in value.items():
+        yield from flat(inner, f"{prefix}{key}.")
+
+
+def rows_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the settings in which they differ, the seed left out; in a row they go by seed.
+
+    Raises:
+        UserError: rows have other seeds than each other, or one twice.
+    """
+    settings = [run.settings() for run in runs]
+    names = sorted({name for one in settings for name in one} - DERIVED)
+    varied = [n for n in names if len({json.dumps(one.get(n)) for one in settings}) > 1]
+    rows = short_paths(str(one["data.rows"]) for one in settings if one.get("data.rows"))
+    # A class tells more than its fields: these count only among runs of the same class.
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run, one in zip(runs, settings, strict=True):
+        parts = []
+        for name in varied:
+            group, _, field = name.rpartition(".")
+            alike = [o for o in settings if o.get(f"{group}.type") == one.get(f"{group}.type")]
+            if field != "type" and len({json.dumps(o.get(name)) for o in alike}) == 1:
+                continue
+            value = one.get(name)
+            if value is not None:
+                shown = rows[str(value)] if name == "data.rows" else value
+                parts.append(str(shown) if field == "type" else f"{field} {shown}")
+        if run.own_target is not None:
+            parts.append("own target")
+        groups[", ".join(parts) or "drafter"].append(run)
+    found = {name: sorted(of_row, key=Run.seed) for name, of_row in groups.items()}
+    check_seeds({name: [run.seed() for run in of_row] for name, of_row in found.items()})
+    return {name + how_far_moved(of_row): of_row for name, of_row in found.items()}
+
+
+def short_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Each path by the name of the folder it lies in, where that tells them apart."""
+    full = set(paths)
+    short = {path: Path(path).parent.name for path in full}
+    is_unique = len(set(short.values())) == len(full) and all(short.values())
+    return short if is_unique else {path: path for path in full}
+
+
+def check_seeds(seeds: Mapping[str, Sequence[int]]) -> None:
+    """Rows are compared seed by seed.
+
+    Raises:
+        UserError: naming the seeds of every row.
+    """
+    listed = list(seeds.values())
+    if any(len(set(one)) < len(one) or one != listed[0] for one in listed):
+        told = "; ".join(f"{name}: {', '.join(map(str, one))}" for name, one in seeds.items())
+        raise UserError(
+            f"every row needs the same seeds, each once ({told})",
+            hint="train what is missing, or name fewer folders",
+        )
+
+
+def how_far_moved(runs: Sequence[Run]) -> str:
+    """What is added to the name of a row whose targets were trained too: the mean over seeds."""
+    if runs[0].own_target is None:
+        return ""
+    measured = [read_description(run.drafter).get("measured", {}) for run in runs]
+    if not all({"target_kl", "target_agreement"} <= one.keys() for one in measured):
+        return ""
+    kl, agreement = (
+        statistics.mean(one[name] for one in measured) for name in ("target_kl", "target_agreement")
+    )
+    return f" (KL {kl:.3f}, agreement {agreement:.3f})"
