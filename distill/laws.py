@@ -46,6 +46,11 @@ class TopLaw:
         """What it says about these of the T tokens."""
         return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
 
+    def cut(self, k: int) -> "TopLaw":
+        """What it says with `k` tokens; what the others had joins the tail."""
+        rest = self.logprobs[:, k:].exp().sum(-1)
+        return TopLaw(self.ids[:, :k], self.logprobs[:, :k], self.tail_mass + rest)
+
     def to(self, device: torch.device | str) -> "TopLaw":
         """The same on another device."""
         return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))

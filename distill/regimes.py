@@ -31,7 +31,7 @@ from decode import (
 from decode.acceptance import SpeculativeSampling, TopTokens
 from decode.drafters import Chains, NoDrafter
 from decode.models import Heads
-from distill.batches import Example, FixedData, Pool, SeqKD
+from distill.batches import Example, FixedData, Pool, SeqKD, alike
 from distill.errors import UserError
 from distill.objectives import EndToEndTV, Objective
 from distill.target import LoadedTarget
@@ -91,14 +91,16 @@ class Mixture:
             raise ValueError(f"weights must be >= 0 and not all 0, got {dict(self.weights)}")
 
     def pools(self, tokenizer: PreTrainedTokenizerBase) -> list[Pool]:
-        """The parts' pools."""
+        """The parts' pools, alike in how much is stored about each token."""
         total = sum(self.weights.values())
-        return [
-            replace(pool, share=pool.share * self.weights[name] / total)
-            for name, part in self.parts.items()
-            if self.weights[name] > 0
-            for pool in pools_of(part, tokenizer)
-        ]
+        return alike(
+            [
+                replace(pool, share=pool.share * self.weights[name] / total)
+                for name, part in self.parts.items()
+                if self.weights[name] > 0
+                for pool in pools_of(part, tokenizer)
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
