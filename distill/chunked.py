@@ -119,7 +119,8 @@ class _Chunks:
                 compared,
                 [depth.labels[chunk] for depth in self.depths],
                 [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
-                None
+                kept=[None if depth.kept is None else depth.kept[chunk] for depth in self.depths],
+                token_weights=None
                 if token_weights is None
                 else torch.stack([token_weights[_rows(depth, chunk)] for depth in self.depths]),
             )

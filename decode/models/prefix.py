@@ -1,6 +1,7 @@
 """A decoder layer over the target's states: Hydra++'s prefix attention."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class PrefixLayer(nn.Module):
         Rounded to half precision they would turn far positions by angles of their own.
         """
         exact = self.rotary.inv_freq
-        super()._apply(fn, recurse)
+        cast(Any, super())._apply(fn, recurse)
         self.rotary.inv_freq = exact.to(self.rotary.inv_freq.device)
         return self
 
