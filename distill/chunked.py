@@ -113,7 +113,7 @@ class _Chunks:
         """The summed terms; the gradients are there afterwards."""
         total: LossTerms | None = None
         for chunk, logits, compared in self.compared(signal, objective.temperature, chunk_size):
-            terms, slopes = judged(
+            terms, gradients = judged(
                 objective,
                 depth_weights,
                 compared,
@@ -126,8 +126,7 @@ class _Chunks:
             )
             total = terms if total is None else _add(total, terms)
             if self.gradients:
-                for number, slope in enumerate(slopes):
-                    gradient = compared[number].logit_gradient(slope)
+                for number, gradient in enumerate(gradients):
                     self._fold(gradient, logits[number], number, chunk)
         assert total is not None
         return total

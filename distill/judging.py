@@ -23,7 +23,7 @@ def judged(
     kept: Sequence[Tensor | None],
     token_weights: Tensor | None = None,
 ) -> tuple[LossTerms, list[Tensor]]:
-    """The objective of a chunk: its sums, and the derivatives by each depth's log-probabilities.
+    """The objective of a chunk: its sums, and the derivatives by each depth's logits, [T, V].
 
     `token_weights` [K, T] are of the labels, and multiply those of the depths. Only the loss is
     weighted: rates count every token once, and so does the number of tokens by which the loop
@@ -58,8 +58,8 @@ def judged(
     weights = depth_weights.weights(torch.stack(rates[main])) * is_learnt
     if token_weights is not None:
         weights = weights * token_weights
-    loss, slopes = objective.judge(depths, weights)
-    return LossTerms(loss, is_learnt.sum(), metrics), slopes
+    loss, gradients = objective.judge(depths, weights)
+    return LossTerms(loss, is_learnt.sum(), metrics), gradients
 
 
 def _stacked(masks: Sequence[Tensor | None], labels: Sequence[Tensor]) -> Tensor:

@@ -130,7 +130,7 @@ def test_adaspec_keeps_what_is_furthest_behind_the_reference(target):
 
 
 def test_what_is_not_kept_weighs_on_no_other_depth(target):
-    """A first token that is not learnt leaves the draft its α, and so deeper tokens their weights."""
+    """A first token that is not learnt keeps its α, and so deeper tokens keep their weights."""
     batch, drafter = batch_of(examples()), model(1)
     signal = LiveTarget(target).signal(batch)
     aligned = LMAlignment(drafter, 2).align(drafter, batch)
