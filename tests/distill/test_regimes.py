@@ -360,6 +360,15 @@ def test_rejected_tokens_weigh_more_and_all_of_them_1_on_average(target):
     assert {weight for example in agreed for weight in example.weights} == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(MixedTokens, "top"), (MixedTokens, "draft_length"), (InTheLoop, "draft_length")],
+)
+def test_counts_below_one_are_refused(kind, name):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        regime(kind, **{name: 0})
+
+
 def test_a_mixture_has_its_shares():
     one, other = Numbers(40, seed=1), Numbers(10, seed=2)
     inner = regime(OnPolicy, share=0.25)
