@@ -510,6 +510,7 @@ def test_rows_with_a_stored_top_teach_without_the_target(train, target, tmp_path
     replace(stored, drafter=Medusa(num_heads=2), output=tmp_path / "heads").run()
     told = [line for line in read_metrics(tmp_path / "heads/metrics.jsonl") if "loss" in line]
     assert all(0 < line["alpha_2_lower"] <= line["alpha_2_upper"] <= 1 for line in told)
+    assert all("greedy_alpha_2_lower" in line for line in told)
     with pytest.raises(UserError, match=r"at temperature 1, not 0\.5"):
         replace(stored, objective=ForwardKL(temperature=0.5), output=tmp_path / "other").run()
     with pytest.raises(UserError, match="hold no top-k"):
