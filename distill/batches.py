@@ -224,9 +224,8 @@ def _stored_top(row: Row, k: int) -> TopLaw | None:
     """The k likeliest tokens at each output place; rows may have stored more than others."""
     if row.top_ids is None or row.top_logprobs is None or row.tail_mass is None or not k:
         return None
-    logprobs = torch.tensor(row.top_logprobs)
-    tail_mass = torch.tensor(row.tail_mass) + logprobs[:, k:].exp().sum(-1)
-    return TopLaw(torch.tensor(row.top_ids, dtype=torch.int32)[:, :k], logprobs[:, :k], tail_mass)
+    ids = torch.tensor(row.top_ids, dtype=torch.int32)
+    return TopLaw(ids, torch.tensor(row.top_logprobs), torch.tensor(row.tail_mass)).cut(k)
 
 
 def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
@@ -318,6 +317,19 @@ def mixed(pools: Sequence[Pool], draw: random.Random) -> list[Example]:
         found.append(queues[number].pop())
         taken[number] += 1
     return found
+
+
+def alike(pools: Sequence[Pool]) -> list[Pool]:
+    """The pools with as many stored tokens at each place, the fewest that any example has."""
+    tops = [example.top for pool in pools for example in pool.examples if example.top is not None]
+    k = min((top.ids.shape[-1] for top in tops), default=0)
+
+    def cut(example: Example) -> Example:
+        if example.top is None or example.top.ids.shape[-1] == k:
+            return example
+        return replace(example, top=example.top.cut(k))
+
+    return [replace(pool, examples=[cut(example) for example in pool.examples]) for pool in pools]
 
 
 class BatchStream:

@@ -113,20 +113,20 @@ class _Chunks:
         """The summed terms; the gradients are there afterwards."""
         total: LossTerms | None = None
         for chunk, logits, compared in self.compared(signal, objective.temperature, chunk_size):
-            terms, slopes = judged(
+            terms, gradients = judged(
                 objective,
                 depth_weights,
                 compared,
                 [depth.labels[chunk] for depth in self.depths],
                 [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
-                None
+                kept=[None if depth.kept is None else depth.kept[chunk] for depth in self.depths],
+                token_weights=None
                 if token_weights is None
                 else torch.stack([token_weights[_rows(depth, chunk)] for depth in self.depths]),
             )
             total = terms if total is None else _add(total, terms)
             if self.gradients:
-                for number, slope in enumerate(slopes):
-                    gradient = compared[number].logit_gradient(slope)
+                for number, gradient in enumerate(gradients):
                     self._fold(gradient, logits[number], number, chunk)
         assert total is not None
         return total

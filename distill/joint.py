@@ -111,16 +111,21 @@ class Anchor:
         self._heads_weight = heads_weight
 
     def added(self, terms: LossTerms, batch: Batch) -> LossTerms:
-        """The heads' terms with the target's own: `target_kl` and `target_agreement`."""
+        """The heads' terms with the target's own.
+
+        Told besides: `heads_loss` per prediction of a head, and of the target per learnt token
+        `target_kl` and `target_agreement`. The loss is that of a learnt token.
+        """
         held = projected_loss(
             Aligned((self._target.own(batch),)), self._target.signal(batch), ForwardKL()
         )
         moved = {
+            "heads_loss": (terms.loss.detach(), terms.num_tokens),
             "target_kl": (held.loss.detach(), held.num_tokens),
             "target_agreement": held.metrics["top1_agreement"],
         }
         loss = held.loss + self._heads_weight * terms.loss
-        return LossTerms(loss, terms.num_tokens, {**terms.metrics, **moved})
+        return LossTerms(loss, held.num_tokens, {**terms.metrics, **moved})
 
 
 @torch.inference_mode()

@@ -19,13 +19,16 @@ def judged(
     depths: Sequence[Compared],
     labels: Sequence[Tensor],
     valid: Sequence[Tensor | None],
+    *,
+    kept: Sequence[Tensor | None],
     token_weights: Tensor | None = None,
 ) -> tuple[LossTerms, list[Tensor]]:
-    """The objective of a chunk: its sums, and the derivatives by each depth's log-probabilities.
+    """The objective of a chunk: its sums, and the derivatives by each depth's logits, [T, V].
 
     `token_weights` [K, T] are of the labels, and multiply those of the depths. Only the loss is
     weighted: rates count every token once, and so does the number of tokens by which the loop
-    divides. Weights are 1 on average over the data, so that this is a weighted mean.
+    divides. Weights are 1 on average over the data, so that this is a weighted mean. Places that
+    are not `kept` are left out of the loss and of its number of tokens, and count in the rates.
 
     Told besides, per depth where there are several: `alpha`, the expected acceptance rate of a
     drafter that samples at the objective's temperature, Σ min(p, q) (Leviathan et al. 2023,
@@ -33,11 +36,8 @@ def judged(
     `greedy_alpha`, p(argmax q), that of one that drafts greedily; `top1_agreement`, that at
     temperature 0; and `accepted_length` of drafts of all depths. Without a target, `accuracy`.
     """
-    exists = [
-        torch.ones_like(truth, dtype=torch.bool) if there is None else there
-        for truth, there in zip(labels, valid, strict=True)
-    ]
-    is_real = torch.stack(exists).to(depths[0].draft.probs.dtype)  # [K, T]
+    dtype = depths[0].draft.probs.dtype
+    is_real, is_kept = _stacked(valid, labels).to(dtype), _stacked(kept, labels).to(dtype)  # [K, T]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     rates: dict[str, list[Tensor]] = {}
     for number, (compared, truth) in enumerate(zip(depths, labels, strict=True)):
@@ -54,16 +54,27 @@ def judged(
                 told_as = name.replace("accuracy", "alpha").replace("alpha", "accepted_length")
                 metrics[told_as] = (length, is_real[0].sum())
     main = next(name for name in ("alpha", "alpha_upper", "accuracy") if name in rates)
-    weights = depth_weights.weights(torch.stack(rates[main])) * is_real
+    is_learnt = is_real * is_kept
+    weights = depth_weights.weights(torch.stack(rates[main])) * is_learnt
     if token_weights is not None:
         weights = weights * token_weights
-    loss, slopes = objective.judge(depths, weights)
-    return LossTerms(loss, is_real.sum(), metrics), slopes
+    loss, gradients = objective.judge(depths, weights)
+    return LossTerms(loss, is_learnt.sum(), metrics), gradients
+
+
+def _stacked(masks: Sequence[Tensor | None], labels: Sequence[Tensor]) -> Tensor:
+    """[K, T]; None is true everywhere."""
+    return torch.stack(
+        [
+            torch.ones_like(truth, dtype=torch.bool) if mask is None else mask
+            for truth, mask in zip(labels, masks, strict=True)
+        ]
+    )
 
 
 def _numbered(name: str, suffix: str) -> str:
-    """alpha_lower of depth 1 is alpha_1_lower."""
-    head, _, tail = name.partition("_")
+    """greedy_alpha_lower of depth 1 is greedy_alpha_1_lower."""
+    head, _, tail = name.rpartition("_")
     return f"{head}{suffix}_{tail}" if tail in ("lower", "upper") else f"{name}{suffix}"
 
 

@@ -46,6 +46,11 @@ class TopLaw:
         """What it says about these of the T tokens."""
         return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
 
+    def cut(self, k: int) -> "TopLaw":
+        """What it says with `k` tokens; what the others had joins the tail."""
+        rest = self.logprobs[:, k:].exp().sum(-1)
+        return TopLaw(self.ids[:, :k], self.logprobs[:, :k], self.tail_mass + rest)
+
     def to(self, device: torch.device | str) -> "TopLaw":
         """The same on another device."""
         return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))
@@ -124,13 +129,21 @@ class Compared:
         draft = Outcomes.of(draft_logits)
         return Compared(Outcomes.of(target_logits), draft, None, draft.probs, temperature)
 
-    def target_of_tokens(self) -> Outcomes:
-        """The target where only single tokens count: of the tail it is not known which one."""
+    def apart(self) -> "Compared":
+        """Token by token, for what asks how the drafter spreads q within the tail.
+
+        Of the tail it is not known which token has p, so there p is 0 everywhere.
+        """
         if self.lumped is None:
-            return self.target
-        logprobs, probs = self.target.logprobs.clone(), self.target.probs.clone()
-        logprobs[:, -1], probs[:, -1] = FLOOR, 0
-        return Outcomes(logprobs, probs)
+            return self
+        ids = self.lumped.ids
+        target = self.target.logprobs.new_full(self.token_probs.shape, FLOOR)
+        target.scatter_(-1, ids, self.target.logprobs[:, :-1])
+        known = torch.zeros_like(target).scatter_(-1, ids, self.target.probs[:, :-1])
+        logprobs = self.token_probs.log().clamp_(min=FLOOR)
+        logprobs.scatter_(-1, ids, self.draft.logprobs[:, :-1])  # exact also where q underflows
+        draft = Outcomes(logprobs, self.token_probs)
+        return Compared(Outcomes(target, known), draft, None, self.token_probs, self.temperature)
 
     def logit_gradient(self, slope: Tensor) -> Tensor:
         """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].

@@ -60,7 +60,7 @@ class Objective(Protocol):
             weights: [K, T]; 0 where there is nothing to predict.
 
         Returns:
-            The weighted sum, and its derivatives [T, O] by each depth's log-probabilities.
+            The weighted sum, and its derivatives [T, V] by each depth's logits.
         """
         ...
 
@@ -88,12 +88,12 @@ class Pointwise:
 
     def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Σ w D, and its derivatives."""
-        values, slopes = [], []
+        values, gradients = [], []
         for compared, weight in zip(depths, weights, strict=True):
             value, slope = self.divergence(compared)
             values.append((value * weight).sum())
-            slopes.append(slope.mul_(weight[:, None]))
-        return torch.stack(values).sum(), slopes
+            gradients.append(compared.logit_gradient(slope.mul_(weight[:, None])))
+        return torch.stack(values).sum(), gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +249,13 @@ class GreedyAcceptance(Pointwise):
         _check(sharpness=(self.sharpness, self.sharpness >= 1, ">= 1"))
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
-        """-log Σ p q̂."""
-        target = compared.target_of_tokens()
-        return divergences.greedy_acceptance(target, compared.draft, self.sharpness)
+        """-log Σ p q̂, its derivative by the log-probabilities of all tokens apart."""
+        apart = compared.apart()
+        return divergences.greedy_acceptance(apart.target, apart.draft, self.sharpness)
+
+    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As of any other, token by token: the lumped tail does not tell Σ q^s."""
+        return Pointwise.judge(self, [compared.apart() for compared in depths], weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +294,8 @@ class EndToEndTV:
             loss = (weights * reached * (1 - alphas.cumprod(0))).sum()
             (shares,) = torch.autograd.grad(loss, alphas)
         return loss.detach(), [
-            slope.mul_(share[:, None]) for slope, share in zip(slopes, shares, strict=True)
+            compared.logit_gradient(slope.mul_(share[:, None]))
+            for compared, slope, share in zip(depths, slopes, shares, strict=True)
         ]
 
 

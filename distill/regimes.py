@@ -31,7 +31,7 @@ from decode import (
 from decode.acceptance import SpeculativeSampling, TopTokens
 from decode.drafters import Chains, NoDrafter
 from decode.models import Heads
-from distill.batches import Example, FixedData, Pool, SeqKD
+from distill.batches import Example, FixedData, Pool, SeqKD, alike
 from distill.errors import UserError
 from distill.objectives import EndToEndTV, Objective
 from distill.target import LoadedTarget
@@ -91,14 +91,16 @@ class Mixture:
             raise ValueError(f"weights must be >= 0 and not all 0, got {dict(self.weights)}")
 
     def pools(self, tokenizer: PreTrainedTokenizerBase) -> list[Pool]:
-        """The parts' pools."""
+        """The parts' pools, alike in how much is stored about each token."""
         total = sum(self.weights.values())
-        return [
-            replace(pool, share=pool.share * self.weights[name] / total)
-            for name, part in self.parts.items()
-            if self.weights[name] > 0
-            for pool in pools_of(part, tokenizer)
-        ]
+        return alike(
+            [
+                replace(pool, share=pool.share * self.weights[name] / total)
+                for name, part in self.parts.items()
+                if self.weights[name] > 0
+                for pool in pools_of(part, tokenizer)
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +127,7 @@ class Regime:
         """Refuse what writes nothing."""
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
-        for name in ("every", "num_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        _check_positive(self, "every", "num_prompts", "batch_size")
 
     def pools(self, tokenizer: PreTrainedTokenizerBase) -> list[Pool]:
         """The source's pools as they are, and once more to be continued."""
@@ -253,6 +253,11 @@ class MixedTokens(Regime):
     top: int = 25
     draft_length: int = 5
 
+    def __post_init__(self) -> None:
+        """Refuse tokens that are never good enough, and empty drafts."""
+        Regime.__post_init__(self)
+        _check_positive(self, "top", "draft_length")
+
     def check(self, objective: Objective, drafter: nn.Module) -> None:
         """Most of the tokens are the drafter's, which teach nothing by themselves."""
         _needs_target(self, objective)
@@ -287,8 +292,9 @@ class InTheLoop(Regime):
     draft_length: int = 5
 
     def __post_init__(self) -> None:
-        """Refuse weights that turn the drafter away from the target."""
+        """Refuse weights that turn the drafter away from the target, and empty drafts."""
         Regime.__post_init__(self)
+        _check_positive(self, "draft_length")
         if not (self.rejected > 0 and self.elsewhere >= 0):
             raise ValueError(
                 f"rejected must be > 0 and elsewhere >= 0, got {self.rejected} and {self.elsewhere}"
@@ -327,6 +333,12 @@ def _runtime(
     """The target and the drafter beside it, as training measures them."""
     runtime = Target(target.model, max_batch_size=regime.batch_size, max_length=max_length)
     return runtime, Chains(length=draft_length).build(cast(DraftModel, drafter), runtime)
+
+
+def _check_positive(regime: Regime, *names: str) -> None:
+    for name in names:
+        if getattr(regime, name) < 1:
+            raise ValueError(f"{name} must be >= 1, got {getattr(regime, name)}")
 
 
 def _needs_target(regime: Regime, objective: Objective) -> None:

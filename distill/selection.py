@@ -25,7 +25,7 @@ class TokenSelection:
 
     @torch.no_grad()
     def select(self, aligned: Aligned, batch: Batch, signal: TeacherSignal) -> Aligned:
-        """The same predictions, those not kept invalid.
+        """The same predictions, with those that are learnt as `kept`.
 
         The reference reads the data's own tokens up to the one that is predicted, also where a
         head does not see the last of them.
@@ -48,4 +48,4 @@ class TokenSelection:
             count = depth.valid.sum()
         kept = torch.zeros_like(excess, dtype=torch.bool)
         kept[excess.topk(math.ceil(self._objective.fraction * int(count))).indices] = True
-        return replace(depth, valid=kept)
+        return replace(depth, kept=kept)

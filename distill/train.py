@@ -25,13 +25,13 @@ from decode import (
     tokenizer_hash,
 )
 from decode.drafters import Chains
-from decode.models import CheckpointLM, Heads
+from decode.models import CheckpointLM, Heads, HeadsCheckpoint
 from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example, Pool
 from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
-from distill.drafter_folder import write_drafter
+from distill.drafter_folder import check_target, find_drafter, read_description, write_drafter
 from distill.errors import UserError
 from distill.families import FAMILIES, family_of
 from distill.fresh import FreshStream
@@ -54,7 +54,7 @@ from distill.loop import (
     part,
 )
 from distill.lora import LoraSettings
-from distill.objectives import AdaSPEC, Objective
+from distill.objectives import AdaSPEC, EndToEndTV, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.regimes import TrainingData, pools_of
 from distill.run_folder import RunFolder, content_hash, describe, environment
@@ -66,7 +66,7 @@ from distill.tracking import NoTracker, Tracker
 DRAFTER = "drafter"
 WRITTEN = "written"  # by writers, while training
 LONGEST_WAIT = timedelta(hours=4)  # of the other processes, while the main one measures
-INDIFFERENT = ("num_threads", "micro_batch_size", "keep_checkpoints", "log_every")
+INDIFFERENT = ("num_threads", "keep_checkpoints", "log_every")
 
 
 class DrafterSettings(Protocol):
@@ -142,8 +142,9 @@ class Train:
         held_out, pools = self._split(target)
         examples = [example for pool in pools for example in pool.examples]
         drafter = self._drafter(target, examples)
+        reference = self._reference(target)
         self._check_writers(pools, drafter)
-        settings = self._settings(target, drafter, examples, held_out)
+        settings = self._settings(target, drafter, reference, examples, held_out)
         folder = RunFolder(self.output, settings)
         with accelerator.main_process_first():
             summary = folder.begin()
@@ -161,7 +162,7 @@ class Train:
         elif self.lora:
             adapted = self.lora.wrap(drafter)
         trainer = Trainer(
-            self._trainee(trained, target, examples, accelerator.device),
+            self._trainee(trained, target, reference, examples, accelerator.device),
             self._stream(pools, target),
             self.trainer,
             folder=self.output,
@@ -189,6 +190,7 @@ class Train:
         self,
         trained: nn.Module,
         target: LoadedTarget,
+        reference: PreTrainedModel | None,
         examples: Sequence[Example],
         device: torch.device,
     ) -> Trainee:
@@ -215,7 +217,7 @@ class Train:
             teacher,
             self.trainer.precision,
             depth_weights=self.depth_weights,
-            selection=self._selection(target, device),
+            selection=self._selection(reference, device),
             anchor=anchor,
             slow=None if anchor is None else ("target", self.joint.target_rate),
         )
@@ -272,18 +274,39 @@ class Train:
         return held_out, kept
 
     def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> nn.Module:
-        """The drafter before training, if it fits target and data."""
-        where = None
+        """The drafter before training, if it fits target, data and objective."""
+        where, begin = None, self.drafter
+        if isinstance(begin, HeadsCheckpoint):
+            begin = replace(begin, path=find_drafter(begin.path))
+            check_target(read_description(begin.path), begin.path, target)
+            where = begin.path
         try:
-            if isinstance(self.drafter, CheckpointLM):
-                where = self.drafter.path
-                tokenizer = AutoTokenizer.from_pretrained(where, revision=self.drafter.revision)
+            if isinstance(begin, CheckpointLM):
+                where = begin.path
+                tokenizer = AutoTokenizer.from_pretrained(where, revision=begin.revision)
                 check_tokenizers(target.tokenizer, tokenizer)
-            drafter = self.drafter.build(target.model)
+            drafter = begin.build(target.model)
         except (ValueError, OSError) as error:
             raise UserError(first_line(error), where, "choose another drafter") from error
         self._check_sizes(drafter, target, where)
+        if isinstance(drafter, Heads) and drafter.one_at_a_time:
+            self._check_one_at_a_time()
         return drafter
+
+    def _check_one_at_a_time(self) -> None:
+        """Refuse what compares the heads of a draft, of which only one is there."""
+        hint = "train all heads at once: drafter.one_at_a_time=false"
+        if not isinstance(self.depth_weights, Uniform):
+            raise UserError(
+                f"depth_weights weighs the heads by {type(self.depth_weights).__name__}, but only "
+                "one is trained at a time",
+                hint=f"depth_weights=uniform, or {hint}",
+            )
+        if isinstance(self.objective, EndToEndTV):
+            raise UserError(
+                "end_to_end_tv judges whole drafts, but only one head is trained at a time",
+                hint=f"objective=total_variation, or {hint}",
+            )
 
     def _check_sizes(self, drafter: Any, target: LoadedTarget, where: str | None) -> None:
         """Refuse too few ids, and contexts shorter than the sequences."""
@@ -292,25 +315,26 @@ class Train:
             vocab_size = family.vocab_size(drafter)
             if vocab_size < len(target.tokenizer):
                 raise UserError(
-                    f"the drafter has {vocab_size:,} ids, the target's tokenizer "
+                    f"the model has {vocab_size:,} ids, the target's tokenizer "
                     f"{len(target.tokenizer):,}",
                     where,
-                    "choose a drafter with the target's tokenizer",
+                    "choose one with the target's tokenizer",
                 )
-        models = [drafter] if family.is_lm else []
+        models = [(drafter, where)] if family.is_lm else []
         if self.objective.needs_target or family.layers(target.model):
-            models.append(target.model)
-        for model in models:
+            models.append((target.model, target.path))
+        for model, path in models:
             context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if context is not None and self.trainer.sequence_length > context:
                 raise UserError(
                     f"trainer.sequence_length={self.trainer.sequence_length} is longer than the "
                     f"context of {type(model).__name__}, {context}",
-                    hint=f"set it to {context} or less",
+                    path,
+                    f"set it to {context} or less",
                 )
 
-    def _selection(self, target: LoadedTarget, device: torch.device) -> TokenSelection | None:
-        """What chooses the tokens, where the objective does not learn all."""
+    def _reference(self, target: LoadedTarget) -> PreTrainedModel | None:
+        """The drafter that AdaSPEC compares with, if it fits the target and the sequences."""
         if not isinstance(self.objective, AdaSPEC):
             return None
         path = self.objective.reference
@@ -320,16 +344,31 @@ class Train:
         except (ValueError, OSError) as error:
             hint = "name a trained drafter: objective.reference=runs/.../drafter"
             raise UserError(first_line(error), path, hint) from error
+        self._check_sizes(reference, target, path)
+        return reference
+
+    def _selection(
+        self, reference: PreTrainedModel | None, device: torch.device
+    ) -> TokenSelection | None:
+        """What chooses the tokens, where the objective does not learn all."""
+        if reference is None:
+            return None
+        assert isinstance(self.objective, AdaSPEC)
         return TokenSelection(self.objective, reference.to(device))
 
     def _settings(
         self,
         target: LoadedTarget,
         drafter: nn.Module,
+        reference: PreTrainedModel | None,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
     ) -> dict[str, Any]:
-        """What decides the outcome: not where it lies or how fast it comes."""
+        """What decides the outcome: not where it lies or how fast it comes.
+
+        The size of micro-batches does where something is chosen for each of them: AdaSPEC's tokens,
+        or the one head that is trained.
+        """
         settings: dict[str, Any] = describe(self)
         for name in ("output", "tracker"):
             del settings[name]
@@ -337,6 +376,10 @@ class Train:
             del settings["joint"]
         for name in INDIFFERENT:
             del settings["trainer"][name]
+        if reference is None and not (isinstance(drafter, Heads) and drafter.one_at_a_time):
+            del settings["trainer"]["micro_batch_size"]
+        if reference is not None:
+            settings["reference_fingerprint"] = fingerprint(reference)
         return settings | {
             "target_fingerprint": target.fingerprint,
             "drafter_fingerprint": fingerprint(drafter),

@@ -22,7 +22,7 @@ class Blockwise:
     Attributes:
         num_heads: tokens that can be drafted.
         hidden_size: of the hidden layer, per head; None is the target's.
-        one_at_a_time: train one head per batch, drawn at random, as the paper does, instead of all:
+        one_at_a_time: train one head per micro-batch, drawn at random, as the paper does, not all:
             less work per step, and a gradient of the same direction on average.
         seed: of the initial weights.
     """

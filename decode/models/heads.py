@@ -68,7 +68,7 @@ class Heads(nn.Module):
         ends: of the target.
         outputs: vocabulary heads of their own, or None where the target's is used.
         prefix: a layer over the target's states that comes before all heads, or None.
-        one_at_a_time: a training batch trains one head, drawn at random, not all of them.
+        one_at_a_time: a micro-batch trains one head, drawn at random, not all of them.
         reads_tokens: whether a head's prediction depends on the tokens drafted before it.
     """
 

@@ -74,7 +74,7 @@ class HeadsCheckpoint:
     """Heads that were trained before, to be trained on.
 
     Attributes:
-        path: their folder.
+        path: their folder; `draftsmith train` takes that of their run too.
     """
 
     path: str

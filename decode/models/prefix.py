@@ -1,5 +1,8 @@
 """A decoder layer over the target's states: Hydra++'s prefix attention."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig
@@ -31,6 +34,16 @@ class PrefixLayer(nn.Module):
         nn.init.zeros_(self.layer.self_attn.o_proj.weight)
         nn.init.zeros_(self.layer.mlp.down_proj.weight)
         self.rotary = LlamaRotaryEmbedding(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrefixLayer":
+        """Move and cast all but the rotary frequencies, which stay float32 and only move.
+
+        Rounded to half precision they would turn far positions by angles of their own.
+        """
+        exact = self.rotary.inv_freq
+        cast(Any, super())._apply(fn, recurse)
+        self.rotary.inv_freq = exact.to(self.rotary.inv_freq.device)
+        return self
 
     def forward(
         self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: Cache | None = None

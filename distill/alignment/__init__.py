@@ -29,12 +29,15 @@ class Depth:
             all of them in order.
         valid: [T] whether a place has such a token; None is all. Labels and rows of places that
             have none are 0 and count for nothing.
+        kept: [T] whether a place is learnt; None is all. Others count in the rates, not in the
+            loss.
     """
 
     states: States
     labels: Tensor
     rows: Tensor | None = None
     valid: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

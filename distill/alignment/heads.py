@@ -31,7 +31,7 @@ class HeadsAlignment:
 
         Or, where heads are trained one at a time (Stern et al. 2018, section 6), that of one head.
         It is drawn from torch's generator, which the loop seeds anew by the step: a resumed run
-        draws the same.
+        with micro-batches of the same size draws the same.
         """
         assert isinstance(drafter, Heads)
         hidden = self._target.states(batch)[self._layer]

@@ -1,7 +1,8 @@
 """Where the target's distribution comes from: the target beside the drafter, or the rows.
 
 `draftsmith generate sampling.top_logprobs=K` stores the K likeliest tokens at each output place
-with the mass of all others. From these every objective trains without running the target again.
+with the mass of all others. From these every objective trains a language model without running the
+target again; heads still read the target's states.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,10 @@ class LiveTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTeacher:
-    """The rows' top-k log-probabilities: no target runs; what is not among the k is one outcome."""
+    """The rows' top-k log-probabilities: what is not among the k is one outcome.
+
+    No target runs, but for heads, which read its states.
+    """
 
     def build(
         self, live: LiveTarget, examples: Sequence[Example], objective: Objective, vocab_size: int

@@ -265,6 +265,17 @@ def test_a_folder_that_does_not_fit_is_refused(tiny, tmp_path):
         load_drafter(folder, target=Target(model), draft=3)
 
 
+def test_rotary_angles_stay_exact_in_half_precision(tiny):
+    exact, half = (SETTINGS["hydra++"].build(tiny("llama")) for _ in range(2))
+    half = half.to(torch.bfloat16).float().to(torch.bfloat16)
+    assert half.prefix.layer.self_attn.q_proj.weight.dtype == torch.bfloat16
+    positions, hidden = torch.tensor([[0, 3000]]), torch.zeros(1, 2, 32)
+    for ours, theirs in zip(
+        half.prefix.rotary(hidden, positions), exact.prefix.rotary(hidden, positions), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_heads_take_the_targets_dtype_and_its_cap(tiny, prompt, tmp_path):
     model = tiny("gemma2")
     heads = random_heads(Medusa(num_heads=2), model)

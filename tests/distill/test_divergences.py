@@ -27,8 +27,9 @@ def top(target_logits, k=3):
 def judged(objective, law, draft, temperature=1.0):
     """The value and the gradient of the logits."""
     compared = Compared.at(law, draft, temperature)
-    value, slope = objective.divergence(compared)
-    return value, compared.logit_gradient(slope)
+    value, _ = objective.divergence(compared)
+    _, (gradient,) = objective.judge([compared], torch.ones(1, len(value), dtype=value.dtype))
+    return value, gradient
 
 
 def gradient_of(value, draft):
@@ -63,12 +64,23 @@ def test_over_a_stored_top_the_tail_is_one_outcome(objective):
     kept = q.gather(-1, law.ids)
     q = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
     p = torch.cat([law.logprobs.exp(), law.tail_mass[:, None]], -1)
-    if isinstance(objective, GreedyAcceptance):
-        p[:, -1] = 0  # no single token is known to have it
+    if isinstance(objective, GreedyAcceptance):  # no single token is known to have the tail
+        q = draft.softmax(-1)
+        p = torch.zeros_like(q).scatter(-1, law.ids, law.logprobs.exp())
     plain = VALUES[objective](p, q)
     value, gradient = judged(objective, law, draft.detach())
     torch.testing.assert_close(value, plain.detach())
     torch.testing.assert_close(gradient, gradient_of(plain, draft))
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 2.0, 5.0])
+def test_greedy_acceptance_needs_no_more_than_a_top_without_a_tail(sharpness):
+    """Where the target has no mass on any other token, in value and gradient."""
+    target, draft = logits(5)
+    target = target.masked_fill(target < target.topk(3).values[:, -1:], -math.inf)
+    objective = GreedyAcceptance(sharpness=sharpness)
+    full, stored = (judged(objective, law, draft) for law in (FullLaw(target), top(target)))
+    torch.testing.assert_close(stored, full)
 
 
 @pytest.mark.parametrize("objective", POINTWISE, ids=lambda o: type(o).__name__)

@@ -3,6 +3,7 @@
 Run as a script it is one training on as many processes as torchrun starts.
 """
 
+import math
 import os
 import random
 import subprocess
@@ -23,7 +24,7 @@ from decode.drafters import Chains
 from decode.models import Medusa, ScratchLM
 from distill import checkpoint as checkpoints
 from distill import config
-from distill.batches import Example, SeqKD
+from distill.batches import Example, SeqKD, collate
 from distill.errors import UserError
 from distill.fresh import read_examples
 from distill.loop import Precision, Trainer, TrainerSettings
@@ -359,6 +360,15 @@ def test_rejected_tokens_weigh_more_and_all_of_them_1_on_average(target):
     assert {weight for example in agreed for weight in example.weights} == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(MixedTokens, "top"), (MixedTokens, "draft_length"), (InTheLoop, "draft_length")],
+)
+def test_counts_below_one_are_refused(kind, name):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        regime(kind, **{name: 0})
+
+
 def test_a_mixture_has_its_shares():
     one, other = Numbers(40, seed=1), Numbers(10, seed=2)
     inner = regime(OnPolicy, share=0.25)
@@ -372,6 +382,29 @@ def test_a_mixture_has_its_shares():
         Mixture(parts={"a": one}, weights={"a": 0.0})
     with pytest.raises(UserError, match="is itself written while training"):
         OnPolicy(source=inner).pools(None)
+
+
+def stored(folder, k):
+    """Rows of the outputs 3 4, with the k likeliest tokens; halves: 1/2, 1/4, ..."""
+    ids, logprobs = list(range(k)), [math.log(0.5 ** (n + 1)) for n in range(k)]
+    top = {"top_ids": [ids] * 2, "top_logprobs": [logprobs] * 2, "tail_mass": [0.5**k] * 2}
+    RowStore(folder).append([Row("key", "p", "s", [1, 2], [3, 4], "eos", **(top if k else {}))])
+    return SeqKD(rows=folder)
+
+
+def test_stores_with_more_tokens_join_those_with_fewer_or_none(tmp_path):
+    parts = {f"of_{k}": stored(tmp_path / str(k), k) for k in (4, 2, 0)}
+    for names in (["of_4", "of_2"], ["of_4", "of_2", "of_0"]):
+        data = Mixture(
+            parts={name: parts[name] for name in names}, weights=dict.fromkeys(names, 1.0)
+        )
+        examples = [example for pool in data.pools(None) for example in pool.examples]
+        batch = collate([[example] for example in examples], 6)
+        if "of_0" in names:
+            assert batch.top is None  # there is nothing to read, and a live target is not hindered
+            continue
+        assert batch.top.ids.tolist() == [[0, 1]] * 4
+        torch.testing.assert_close(batch.top.tail_mass, torch.full((4,), 0.25))
 
 
 def test_batches_hold_their_share_of_fresh_outputs(target, tmp_path, monkeypatch):

@@ -1,14 +1,17 @@
 """Blocks of tokens, the tokens AdaSPEC keeps, and a teacher that is read from the rows."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distill.alignment import Aligned
 from distill.alignment.lm import LiveTarget, LMAlignment, blocks
 from distill.batches import BatchStream, Example, Pool, collate
 from distill.chunked import prediction_losses, projected_loss
+from distill.depth_weights import Survival
 from distill.errors import UserError
 from distill.laws import TopLaw
 from distill.objectives import AdaSPEC, CrossEntropy, EndToEndTV, ForwardKL
@@ -109,7 +112,7 @@ def test_adaspec_keeps_what_is_furthest_behind_the_reference(target):
     ).sum(-1)
     torch.testing.assert_close(loss, plain)
     selected = TokenSelection(objective, reference).select(drafted, batch, signal)
-    kept = selected.depths[0].valid
+    kept = selected.depths[0].kept
     count = -(-len(loss) * 4 // 10)
     assert kept.sum() == count
     excess = loss - theirs
@@ -117,11 +120,32 @@ def test_adaspec_keeps_what_is_furthest_behind_the_reference(target):
     terms = projected_loss(selected, signal, objective)
     assert terms.num_tokens == count
     torch.testing.assert_close(terms.loss.detach(), loss[kept].sum())
+    assert terms.metrics == projected_loss(drafted, signal, objective).metrics  # of all tokens
     # In blocks it is chosen per depth, and places that have no token are never kept.
     blocked = LMAlignment(drafter, 3).align(drafter, batch)
     selected = TokenSelection(objective, reference).select(blocked, batch, signal)
     for depth, before in zip(selected.depths, blocked.depths, strict=True):
-        assert not (depth.valid & ~before.valid).any()
+        assert depth.valid is before.valid
+        assert not (depth.kept & ~before.valid).any()
+
+
+def test_what_is_not_kept_weighs_on_no_other_depth(target):
+    """A first token that is not learnt keeps its α, and so deeper tokens keep their weights."""
+    batch, drafter = batch_of(examples()), model(1)
+    signal = LiveTarget(target).signal(batch)
+    aligned = LMAlignment(drafter, 2).align(drafter, batch)
+    first, second = aligned.depths
+    selected = Aligned(
+        (replace(first, kept=torch.zeros_like(first.valid)), replace(second, kept=second.valid))
+    )
+    terms, whole = (
+        projected_loss(each, signal, ForwardKL(), depth_weights=Survival())
+        for each in (selected, aligned)
+    )
+    alone = projected_loss(Aligned((first,)), signal, ForwardKL())
+    torch.testing.assert_close(terms.loss, whole.loss - alone.loss)
+    assert terms.num_tokens == second.valid.sum()
+    assert terms.metrics == whole.metrics
 
 
 @pytest.mark.parametrize("objective", [ForwardKL(), EndToEndTV(block=3)])

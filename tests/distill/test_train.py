@@ -400,6 +400,11 @@ def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypa
     assert all(line["target_kl"] > 0 for line in lines if "target_kl" in line and line["step"] > 2)
     assert lines[0]["heldout_target_kl"] == pytest.approx(0, abs=1e-5)
     assert lines[0]["heldout_target_agreement"] == 1
+    # One token has one prediction per head, but behind the last tokens of an output of six.
+    predictions = sum(max(6 - depth, 0) for depth in (1, 2)) / 6
+    for line in (line for line in lines if "loss" in line):
+        heads = train.joint.heads_weight * line["heads_loss"] * predictions
+        assert line["loss"] == pytest.approx(line["target_kl"] + heads, rel=1e-4)
 
     tuned = AutoModelForCausalLM.from_pretrained(folder / "target")
     settings = TargetSettings(path=str(folder / "target"))
@@ -438,6 +443,60 @@ def test_adaspec_reads_its_reference(train):
         replace(train, objective=wrong, output=train.output.parent / "third").run()
 
 
+def changed(folder, model_settings, tokenizer_of):
+    """A model of other weights and sizes in `folder`."""
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(tokenizer_of)
+    config.update({"num_hidden_layers": 1} | model_settings)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
+
+
+def test_adaspecs_reference_must_fit_and_stay_the_same(train, target, tmp_path):
+    objective = AdaSPEC(reference=str(tmp_path / "reference"))
+    train = replace(train, objective=objective)
+    for settings, message in (
+        ({"max_position_embeddings": 16}, "longer than the context of LlamaForCausalLM, 16"),
+        ({"vocab_size": VOCAB - 1}, r"has 23 ids, the target's tokenizer 24"),
+    ):
+        changed(tmp_path / "reference", settings, target)
+        with pytest.raises(UserError, match=message):
+            train.run()
+    changed(tmp_path / "reference", {}, target)
+    train.run()
+    other = replace(train, trainer=replace(train.trainer, micro_batch_size=1))
+    with pytest.raises(UserError, match=r"trainer.micro_batch_size differ"):
+        other.run()  # tokens are chosen within a micro-batch
+    changed(tmp_path / "reference", {"num_hidden_layers": 2}, target)
+    with pytest.raises(UserError, match="reference_fingerprint differ"):
+        train.run()
+
+
+def test_one_head_at_a_time_keeps_to_its_batches_and_learns_no_whole_drafts(train):
+    train = replace(train, drafter=HEADS["blockwise, one at a time"])
+    with pytest.raises(UserError, match="by Decay, but only one is trained at a time"):
+        replace(train, depth_weights=Decay()).run()
+    with pytest.raises(UserError, match="judges whole drafts, but only one head"):
+        replace(train, objective=EndToEndTV()).run()
+    train.run()
+    other = replace(train, trainer=replace(train.trainer, micro_batch_size=1))
+    with pytest.raises(UserError, match=r"trainer.micro_batch_size differ"):
+        other.run()  # the head is drawn for each micro-batch
+
+
+def test_heads_go_on_with_their_own_target_only(train, target, tmp_path):
+    replace(train, drafter=Medusa(num_heads=2)).run()
+    train = replace(train, drafter=HeadsCheckpoint(path=str(train.output)))  # the whole run
+    assert train._drafter(train.target.load(), []).num_heads == 2
+    changed(tmp_path / "other", {"num_hidden_layers": 3}, target)  # of the same sizes
+    other = replace(train, target=TargetSettings(path=str(tmp_path / "other")))
+    with pytest.raises(UserError, match="aligned to the target"):
+        other.run()
+    with pytest.raises(UserError, match="there is no drafter here"):
+        replace(train, drafter=HeadsCheckpoint(path=str(tmp_path / "none"))).run()
+
+
 def test_rows_with_a_stored_top_teach_without_the_target(train, target, tmp_path):
     sampling = SamplingParams(max_new_tokens=8, ignore_eos=True, top_logprobs=4)
     generate = Generate(
@@ -451,6 +510,7 @@ def test_rows_with_a_stored_top_teach_without_the_target(train, target, tmp_path
     replace(stored, drafter=Medusa(num_heads=2), output=tmp_path / "heads").run()
     told = [line for line in read_metrics(tmp_path / "heads/metrics.jsonl") if "loss" in line]
     assert all(0 < line["alpha_2_lower"] <= line["alpha_2_upper"] <= 1 for line in told)
+    assert all("greedy_alpha_2_lower" in line for line in told)
     with pytest.raises(UserError, match=r"at temperature 1, not 0\.5"):
         replace(stored, objective=ForwardKL(temperature=0.5), output=tmp_path / "other").run()
     with pytest.raises(UserError, match="hold no top-k"):
