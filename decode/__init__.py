@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from decode.cached_model import CachedModel, ModelOutput
     from decode.certificate import Certificate, Mismatch, certify, compare
-    from decode.decoder import GenerationResult, Request, SpeculativeDecoder, TopLogprobs
+    from decode.decoder import SpeculativeDecoder
     from decode.draft import Draft
     from decode.layout import lay_out_for_decoding
     from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
     from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
+    from decode.requests import GenerationResult, Request, TopLogprobs
     from decode.sampling import SamplingBatch, SamplingParams
     from decode.stats import GenerationStats, StepRecord, StepTrace
     from decode.target import Target, check_supported

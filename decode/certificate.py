@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from decode.acceptance.greedy import Greedy
-from decode.decoder import Request, SpeculativeDecoder
+from decode.decoder import SpeculativeDecoder
 from decode.protocols import Drafter
+from decode.requests import Request
 from decode.sampling import SamplingParams
 from decode.target import Target
 

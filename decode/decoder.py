@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,69 +16,13 @@ from decode.cached_model import ModelOutput
 from decode.draft import Draft
 from decode.penalty import penalised
 from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter
+from decode.requests import GenerationResult, Request, TopLogprobs
 from decode.sampling import SamplingBatch, SamplingParams, generator_for
 from decode.stats import GenerationStats, StepRecord, StepTrace
 from decode.stopping import Stopping
 from decode.target import Target
 
 SHARED_FROM = 16  # tokens from which to copy a common beginning is worth it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-        id: names the result, and with `seed` fixes the draws.
-        prompt: token ids, at least one.
-        sampling: how to generate.
-        seed: the run's seed.
-        material: token ids of a text that the output is likely to copy from, besides the prompt.
-            Drafters read it, the target does not.
-    """
-
-    id: str
-    prompt: Sequence[int]
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
-    material: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TopLogprobs:
-    """The target's likeliest tokens at each of T output places, at temperature 1.
-
-    Attributes:
-        ids: [T, K] int64, likeliest first.
-        logprobs: [T, K] float32.
-        tail_mass: [T] float32, the probability of all other tokens.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    tail_mass: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """What one request gave.
-
-    Attributes:
-        request_id: of the request.
-        tokens: output ids, EOS included where it was produced.
-        finish_reason: "eos", "stop" (a stop string), "length" (the output limit or the context's
-            end), or "context" (the prompt itself leaves no room: nothing was generated).
-        stats: counts and seconds of this request.
-        steps: one entry per target forward, the prompt's own first.
-        top_logprobs: where the sampling parameters asked for them.
-    """
-
-    request_id: str
-    tokens: list[int]
-    finish_reason: str
-    stats: GenerationStats
-    steps: list[StepTrace]
-    top_logprobs: TopLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -318,7 +262,7 @@ class SpeculativeDecoder:
             if sequence.sampling.top_logprobs:
                 nodes = acceptance.path[row, : len(new)]
                 sequence.logprobs.append(
-                    top_logprobs(output.logits[row, nodes], sequence.sampling.top_logprobs)
+                    TopLogprobs.of(output.logits[row, nodes], sequence.sampling.top_logprobs)
                 )
 
     def _extend(
@@ -444,15 +388,6 @@ class SpeculativeDecoder:
         for sequence in finished:  # all of them first: the listener may stop at any result
             self._leave(sequence)
         for sequence in finished:
-            logprobs = (
-                TopLogprobs(
-                    torch.cat([part.ids for part in sequence.logprobs]),
-                    torch.cat([part.logprobs for part in sequence.logprobs]),
-                    torch.cat([part.tail_mass for part in sequence.logprobs]),
-                )
-                if sequence.logprobs
-                else None
-            )
             stats = GenerationStats.of(sequence.steps)
             stats.expected_accepted = sequence.expected_accepted
             stats.seconds = dict(sequence.seconds)
@@ -462,7 +397,7 @@ class SpeculativeDecoder:
                 sequence.finish_reason or "length",
                 stats,
                 sequence.steps,
-                logprobs,
+                TopLogprobs.joined(sequence.logprobs),
             )
 
     def _leave(self, sequence: _Sequence) -> None:
@@ -499,11 +434,3 @@ def _records(
             emitted=sequence.output[len(sequence.output) - num_emitted :],
             seconds=seconds,
         )
-
-
-def top_logprobs(logits: Tensor, k: int) -> TopLogprobs:
-    """The `k` likeliest tokens of each row of `logits` [T, V], on the CPU."""
-    logprobs = logits.float().log_softmax(-1)
-    top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
-    tail = (1 - top.values.double().exp().sum(-1)).clamp(min=0).float()
-    return TopLogprobs(top.indices.cpu(), top.values.cpu(), tail.cpu())
