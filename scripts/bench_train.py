@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -52,6 +53,7 @@ from distill.tracking import NoTracker, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, LENGTH, BATCH, TOP = 8192, 512, 8, 16
+STORED = ("ids", "logprobs", "tail_mass")
 WARM_UP = 2
 TEMPLATE = (
     "{% for m in messages %}{{ '# ' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
@@ -110,7 +112,8 @@ def prepare(folder: Path, _: str, steps: int) -> Figures:
         for row in torch.from_numpy(ids):
             logprobs, top = teacher(row[None]).logits[0].log_softmax(-1)[:-1].topk(TOP)
             tops.append(TopLaw(top.int(), logprobs, 1 - logprobs.exp().sum(-1)))
-    torch.save([(top.ids, top.logprobs, top.tail_mass) for top in tops], folder / "top.pt")
+    columns = {name: torch.stack([getattr(top, name) for top in tops]) for name in STORED}
+    save_file(columns, folder / "top.safetensors")
     return {}
 
 
@@ -120,8 +123,9 @@ def ours(folder: Path, mode: str, steps: int) -> Figures:
     quarter = LENGTH // 4
     tops: list[TopLaw | None] = [None] * len(ids)
     if mode == "stored":  # row n of a law is about token n + 1
-        stored = torch.load(folder / "top.pt")
-        tops = [TopLaw(*law)[slice(quarter - 1, None)] for law in stored]
+        stored = load_file(folder / "top.safetensors")
+        laws = zip(*(stored[name] for name in STORED), strict=True)
+        tops = [TopLaw(*law)[slice(quarter - 1, None)] for law in laws]
     examples = [
         Example(row[:quarter], row[quarter:], top=top) for row, top in zip(ids, tops, strict=True)
     ]
