@@ -14,10 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from decode import Draft, Request, SamplingBatch, SamplingParams, SpeculativeDecoder, Target
 from decode.drafters import Chains
@@ -44,6 +41,7 @@ from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
+from tests.distill.words import save_word_tokenizer
 
 VOCAB = 24
 SHORT = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
@@ -88,12 +86,7 @@ def language_model(seed, layers=2):
 
 def write_target(folder):
     language_model(0).save_pretrained(folder)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, VOCAB)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, VOCAB)
     return folder
 
 

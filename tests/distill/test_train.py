@@ -10,7 +10,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -52,6 +51,7 @@ from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import LoraSettings, SamplingParams, Train
+from tests.distill.words import save_word_tokenizer
 
 VOCAB = 24
 
@@ -93,12 +93,7 @@ def target(tmp_path_factory):
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, VOCAB)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, VOCAB)
     return folder
 
 
