@@ -53,8 +53,8 @@ class _Batch:
 
     def __init__(self, sequences: list[_Sequence], tokens: Tensor):
         self.sequences = sequences
+        self.has_finished = False  # any of them
         self.slots = [sequence.slot for sequence in sequences]
-        self.slot_tensor = torch.tensor(self.slots)
         self._all_tokens = tokens
         first, last = self.slots[0], self.slots[-1]
         self._view = tokens[first : last + 1] if last - first == len(self.slots) - 1 else None
@@ -100,11 +100,10 @@ class SpeculativeDecoder:
         self.stopping = Stopping(target.eos_token_ids, tokenizer)
         self.on_step = on_step
         self._tokens = torch.zeros(target.max_batch_size, target.max_length + 1, dtype=torch.long)
-        self._integers = torch.arange(target.max_length + 1)
         self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
         self._active: list[_Sequence] = []
-        self._is_asynchronous = target.device.type == "cuda"
+        self._now = self._synchronised if target.device.type == "cuda" else time.perf_counter
 
     def generate(self, requests: Iterable[Request]) -> list[GenerationResult]:
         """All results, in the order of the requests."""
@@ -125,7 +124,7 @@ class SpeculativeDecoder:
                 if self._active:
                     with torch.inference_mode():  # around many steps: to enter it takes its time
                         batch = _Batch(self._active, self._tokens)
-                        while not any(sequence.finish_reason for sequence in self._active):
+                        while not batch.has_finished:
                             self._step(batch)
                 elif not has_entered:
                     return
@@ -159,26 +158,22 @@ class SpeculativeDecoder:
     def _conclude(
         self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput
     ) -> Acceptance:
-        """Accept, truncate, commit, observe, extend."""
-        sequences = batch.sequences
+        """Accept, advance, commit, observe."""
         acceptance = self.rule.accept(
             draft, penalised(output.logits, context, draft), context.sampling
         )
-        acceptance, emitted, accepted = self._truncate(sequences, draft, acceptance)
-        self._record(sequences, draft, acceptance, emitted, accepted, output)
+        acceptance = self._advance(batch, draft, acceptance, output)
         self.target.commit(batch.slots, draft, acceptance)
         self.drafter.observe(context, draft, acceptance, output.logits)
-        self._extend(sequences, emitted, acceptance, output)
         return acceptance
 
     def _context(self, batch: "_Batch") -> Context:
         lengths = [sequence.length for sequence in batch.sequences]
-        rooms = [sequence.room - 1 for sequence in batch.sequences]
         return Context(
-            slots=batch.slot_tensor,
+            slots=batch.slots,
             tokens=batch.tokens(max(lengths)),
-            lengths=self._column(lengths),
-            room=self._column(rooms),
+            lengths=lengths,
+            room=[sequence.room - 1 for sequence in batch.sequences],
             hidden={
                 layer: pad_sequence(
                     [s.hidden[layer] for s in batch.sequences],
@@ -190,100 +185,72 @@ class SpeculativeDecoder:
             sampling=batch.sampling,
         )
 
-    def _column(self, numbers: list[int]) -> Tensor:
-        """[B] of small numbers, by the shortest way: making a tensor takes longest of all."""
-        if len(numbers) == 1:
-            return self._integers.narrow(0, numbers[0], 1)
-        return torch.from_numpy(np.array(numbers))
-
-    def _truncate(
-        self, sequences: list[_Sequence], draft: Draft, acceptance: Acceptance
-    ) -> tuple[Acceptance, list[tuple[list[int], str | None]], list[int]]:
-        """Cut each path where EOS, a stop string or the limit falls inside it.
+    def _advance(
+        self, batch: _Batch, draft: Draft, acceptance: Acceptance, output: ModelOutput
+    ) -> Acceptance:
+        """Count the step, and append what each sequence emits.
 
         Returns:
-            the acceptance, where a cut path counts as wholly accepted up to the cut; for each
-            sequence the tokens it emits and why it ends with them (None: it goes on); and how many
-            drafted tokens of each are accepted, as the acceptance says.
+            the acceptance, where a path that EOS, a stop string or the limit cuts counts as wholly
+            accepted up to the cut.
         """
-        on_path = draft.tokens
-        if not draft.is_chain:  # the path of a chain is the chain itself
-            on_path = on_path.gather(1, acceptance.path.clamp(min=0))
-        path_tokens = on_path.tolist()
-        counts = acceptance.num_accepted.tolist()
+        tokens, num_nodes = draft.tokens.tolist(), draft.num_nodes.tolist()
+        counts, tried = acceptance.num_accepted.tolist(), acceptance.num_tried.tolist()
         next_tokens = acceptance.next_token.tolist()
-        emitted = []
-        is_cut = False
-        for row, sequence in enumerate(sequences):
-            new = [*path_tokens[row][1 : counts[row] + 1], next_tokens[row]]
+        if not draft.is_chain:
+            paths, parents = acceptance.path.tolist(), draft.parents.tolist()
+        is_any_cut = False
+        for row, sequence in enumerate(batch.sequences):
+            count = counts[row]
+            if draft.is_chain:
+                new = tokens[row][1 : count + 1]
+            else:
+                new = [tokens[row][node] for node in paths[row][1 : count + 1]]
+            new.append(next_tokens[row])
             kept, reason = self.stopping.cut(sequence.output, new, sequence.sampling)
-            if reason is None and len(sequence.output) + kept >= sequence.limit:
+            is_cut = kept <= count
+            if is_cut:
+                is_any_cut = True
+                del new[kept:]
+                count = counts[row] = tried[row] = kept
+            drafted = num_nodes[row] - 1
+            if draft.is_chain:
+                at_leaf = count == drafted
+            else:
+                at_leaf = paths[row][count] not in parents[row][: num_nodes[row]]
+            sequence.steps.append(StepTrace(drafted, at_leaf, tried[row], count, kept))
+            self._extend(sequence, new)
+            if reason is None and len(sequence.output) >= sequence.limit:
                 reason = "length"
-            is_cut |= kept <= counts[row]
-            emitted.append((new[:kept], reason))
-        if not is_cut:
-            return acceptance, emitted, counts
-        lengths = torch.tensor([len(new) for new, _ in emitted], device=draft.tokens.device)
-        was_cut = lengths <= acceptance.num_accepted
-        cut = replace(
-            acceptance,
-            num_accepted=torch.minimum(acceptance.num_accepted, lengths),
-            num_tried=torch.where(was_cut, lengths, acceptance.num_tried),
-        )
-        return cut, emitted, cut.num_accepted.tolist()
-
-    def _record(
-        self,
-        sequences: list[_Sequence],
-        draft: Draft,
-        acceptance: Acceptance,
-        emitted: list[tuple[list[int], str | None]],
-        accepted: list[int],
-        output: ModelOutput,
-    ) -> None:
-        """Count the step, and keep log-probabilities where they are wanted."""
-        drafted = [count - 1 for count in draft.num_nodes.tolist()]
-        tried = acceptance.num_tried.tolist()
-        expected = acceptance.expected_accepted
-        if draft.is_chain:
-            at_leaf = [count == length for count, length in zip(accepted, drafted, strict=True)]
-        else:
-            leaves = acceptance.path.gather(1, acceptance.num_accepted[:, None])
-            at_leaf = (~((draft.parents == leaves) & draft.valid).any(1)).tolist()
-        for row, sequence in enumerate(sequences):
-            new = emitted[row][0]
-            sequence.steps.append(
-                StepTrace(drafted[row], at_leaf[row], tried[row], accepted[row], len(new))
-            )
-            if expected is not None:
-                is_cut = len(new) <= accepted[row]
-                last = int(acceptance.path[row, accepted[row]]) + 1 if is_cut else None
-                sequence.expected_accepted += float(expected[row, :last].sum())
+            if reason is not None:
+                sequence.finish_reason = reason
+                batch.has_finished = True
+            if acceptance.expected_accepted is not None:
+                last = int(acceptance.path[row, count]) + 1 if is_cut else None
+                sequence.expected_accepted += float(acceptance.expected_accepted[row, :last].sum())
             if sequence.sampling.top_logprobs:
-                nodes = acceptance.path[row, : len(new)]
-                sequence.logprobs.append(
-                    TopLogprobs.of(output.logits[row, nodes], sequence.sampling.top_logprobs)
-                )
-
-    def _extend(
-        self,
-        sequences: list[_Sequence],
-        emitted: list[tuple[list[int], str | None]],
-        acceptance: Acceptance,
-        output: ModelOutput,
-    ) -> None:
-        """Append the emitted tokens and note who is finished."""
-        for row, (sequence, (new, reason)) in enumerate(zip(sequences, emitted, strict=True)):
-            sequence.output += new
-            sequence.finish_reason = reason
-            end = sequence.length + len(new)
-            self._buffer[sequence.slot, sequence.length : end] = new
-            sequence.length = end
+                logits = output.logits[row, acceptance.path[row, :kept]]
+                sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
             if output.hidden:
-                nodes = acceptance.path[row, : len(new)]
+                nodes = acceptance.path[row, :kept]
                 sequence.hidden = {
                     layer: states[row, nodes] for layer, states in output.hidden.items()
                 }
+        if not is_any_cut:
+            return acceptance
+        device = draft.tokens.device
+        return acceptance._replace(
+            num_accepted=torch.tensor(counts, device=device),
+            num_tried=torch.tensor(tried, device=device),
+        )
+
+    def _extend(self, sequence: _Sequence, new: list[int]) -> None:
+        """Append `new` tokens to the output and the text."""
+        text = self._buffer[sequence.slot]
+        for place, token in enumerate(new, start=sequence.length):  # an array of them takes longer
+            text[place] = token
+        sequence.output += new
+        sequence.length += len(new)
 
     def _admit(self, waiting: Iterator[Request]) -> Generator[GenerationResult, None, bool]:
         """Fill the free slots; requests that do not fit the context are answered at once.
@@ -405,9 +372,8 @@ class SpeculativeDecoder:
         self.drafter.end(sequence.slot, sequence.output)
         self._free = sorted([*self._free, sequence.slot])
 
-    def _now(self) -> float:
-        if self._is_asynchronous:
-            torch.cuda.synchronize(self.target.device)
+    def _synchronised(self) -> float:
+        torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
 
 
@@ -420,7 +386,7 @@ def _records(
 ) -> Iterator[StepRecord]:
     """What a step did, behind it."""
     tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
-    sizes, lengths = draft.num_nodes.tolist(), context.lengths.tolist()
+    sizes, lengths = draft.num_nodes.tolist(), context.lengths
     paths, counts = acceptance.path.tolist(), acceptance.num_accepted.tolist()
     for row, sequence in enumerate(sequences):
         num_emitted = sequence.steps[-1].num_emitted

@@ -3,15 +3,14 @@
 Shape legend: B sequences, N nodes (root included), V vocabulary.
 """
 
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A batch of draft token trees, padded to the widest.
 
     Node 0 is the root: the last committed token, whose keys and values are not cached yet. So
@@ -86,8 +85,7 @@ class Draft:
         """The same on another device."""
         if self.tokens.device == device:
             return self
-        return replace(
-            self,
+        return self._replace(
             tokens=self.tokens.to(device),
             parents=self.parents.to(device),
             num_nodes=self.num_nodes.to(device),

@@ -29,8 +29,9 @@ def penalised(logits: Tensor, context: Context, draft: Draft) -> Tensor:
 def tokens_seen(context: Context, vocab_size: int) -> Tensor:
     """[B, V] bool: the tokens of each committed text, on the CPU."""
     places = torch.arange(context.tokens.shape[1])
+    lengths = torch.tensor(context.lengths)[:, None]
     # What lies behind a text counts as its first token.
-    tokens = torch.where(places < context.lengths[:, None], context.tokens, context.tokens[:, :1])
+    tokens = torch.where(places < lengths, context.tokens, context.tokens[:, :1])
     seen = torch.zeros(len(tokens), vocab_size, dtype=torch.bool)
     return seen.scatter_(1, tokens, True)
 

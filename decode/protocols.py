@@ -2,9 +2,9 @@
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from decode.draft import Draft
@@ -19,25 +19,26 @@ class Exactness(enum.Enum):
     APPROXIMATE = "approximate"  # neither
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """What a drafter may know; built by the decoder for each step. Bookkeeping is on the CPU.
 
+    Numbers that are one per sequence are lists, for that is how drafters go through them.
+
     Attributes:
-        slots: [B] cache slot of each active sequence.
+        slots: B cache slots, of the active sequences.
         tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1].
-        lengths: [B] committed tokens.
-        room: [B] draft tokens that still fit (context and output length).
+        lengths: B numbers of committed tokens.
+        room: B numbers of draft tokens that still fit (context and output length).
         hidden: target layer -> [B, K, D], the states of the tokens committed in the last step but
             the root's own, which are not known yet, for the layers the drafter asked for. They are
             right-aligned: the last column holds those of the token before the root.
         sampling: parameters and generator of each sequence.
     """
 
-    slots: Tensor
+    slots: list[int]
     tokens: Tensor
-    lengths: Tensor
-    room: Tensor
+    lengths: list[int]
+    room: list[int]
     hidden: Mapping[int, Tensor]
     sampling: SamplingBatch
 
@@ -47,11 +48,10 @@ class Context:
         batch, width = self.tokens.shape
         if batch == 1:  # nothing to gather: the tokens end with it
             return self.tokens.narrow(1, width - 1, 1)
-        return self.tokens.gather(1, self.lengths[:, None] - 1)
+        return self.tokens.gather(1, torch.tensor(self.lengths)[:, None] - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
+class Acceptance(NamedTuple):
     """What a rule decided.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Greedy acceptance: a draft token is kept where it is the target's own argmax."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
-from decode.sampling import SamplingBatch, argmax
+from decode.sampling import SamplingBatch
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,39 @@ class Greedy:
         """Judge `draft` by the argmax of the target's logits [B, N, V]."""
         # The decoder needs the outcome on the host anyway, and there a walk down the tree is both
         # the shortest and the fastest way to write this.
-        choices = argmax(target_logits)
-        wanted, tokens = choices.tolist(), draft.tokens.tolist()
+        choice, tokens = _choice_of(target_logits), draft.tokens.tolist()
         parents = None if draft.is_chain else draft.parents.tolist()
         width = draft.tokens.shape[1]
-        outcomes, leaves = [], []
+        outcomes, next_tokens = [], []
         for row, num_nodes in enumerate(draft.num_nodes.tolist()):
-            path, num_tried = [0], 0
+            path, num_tried, wanted = [0], 0, choice(row, 0)
             for node in range(1, num_nodes):  # parents come first: a child is met after its parent
                 parent = node - 1 if parents is None else parents[row][node]
                 if parent == path[-1]:
                     num_tried += 1
-                    if tokens[row][node] == wanted[row][parent]:
+                    if tokens[row][node] == wanted:
                         path.append(node)
+                        wanted = choice(row, node)
             outcomes.append((len(path) - 1, num_tried, *path, *[-1] * (width - len(path))))
-            leaves.append(path[-1])
-        device = choices.device
+            next_tokens.append(wanted)
+        device = target_logits.device
         if len(outcomes) == 1:  # the same few outcomes again and again: their tensors are kept
             count, tried, paths = _columns_of_one(outcomes[0], device)
-            return Acceptance(paths, count, choices.select(1, leaves[0]), tried)
+            return Acceptance(paths, count, _token(next_tokens[0], device), tried)
         count, tried, paths = _columns(outcomes, device)
-        return Acceptance(paths, count, choices[range(len(leaves)), leaves], tried)
+        return Acceptance(paths, count, torch.tensor(next_tokens, device=device), tried)
+
+
+def _choice_of(logits: Tensor) -> Callable[[int, int], int]:
+    """(row, node) -> the first of the tokens that `logits` [B, N, V] make likeliest there.
+
+    On the CPU it is looked for when it is asked for: most of a draft is never reached.
+    """
+    if logits.is_cpu and logits.dtype is torch.float32:
+        rows = logits.numpy()
+        return lambda row, node: int(rows[row, node].argmax())
+    choices = logits.argmax(-1).tolist()
+    return lambda row, node: int(choices[row][node])
 
 
 def _columns(outcomes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, ...]:
@@ -63,3 +75,8 @@ def _columns(outcomes: Sequence[tuple[int, ...]], device: torch.device) -> tuple
 @lru_cache(maxsize=1024)
 def _columns_of_one(outcome: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     return _columns([outcome], device)
+
+
+@lru_cache(maxsize=8192)
+def _token(token: int, device: torch.device) -> Tensor:
+    return torch.tensor([token], device=device)

@@ -57,13 +57,13 @@ class HeadsDrafter(Drafter):
         """Trees of this shape, cut off where `context.room` ends."""
         hidden = context.hidden[self.layer]
         roots = context.roots.to(hidden.device)
-        depths = [min(self.depth, max(room, 0)) for room in context.room.tolist()]
+        depths = [min(self.depth, max(room, 0)) for room in context.room]
         if max(depths) == 0:
             return Draft.chain(roots)
         if self._reader is None:
             hidden = hidden[:, -1:]  # [B, 1, D] of the token before the root
         else:
-            slots, lengths = context.slots.tolist(), context.lengths.tolist()
+            slots, lengths = context.slots, context.lengths
             hidden = self._reader.catch_up(slots, lengths, hidden)
         tree = TreeOfHeads(self.heads, self.heads.prepare(hidden), roots)
         draft, _ = harvest(roots, self.shape.grow(tree, depths, context.sampling))

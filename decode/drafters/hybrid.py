@@ -4,7 +4,6 @@ import enum
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -89,9 +88,7 @@ class HybridDrafter(Drafter):
         """
         found = self.suffix.propose(context)
         self._of_trained = None
-        rows_of = zip(
-            context.slots.tolist(), context.lengths.tolist(), self.suffix.drafts, strict=True
-        )
+        rows_of = zip(context.slots, context.lengths, self.suffix.drafts, strict=True)
         self._choices = [self._choose(*row) for row in rows_of]
         nothing = [row for row, choice in enumerate(self._choices) if choice is Choice.NOTHING]
         if len(nothing) == len(self._choices):
@@ -100,8 +97,7 @@ class HybridDrafter(Drafter):
             num_nodes = found.num_nodes.clone()
             num_nodes[nothing] = 1
             width = int(num_nodes.max())
-            found = replace(
-                found,
+            found = found._replace(
                 tokens=found.tokens[:, :width],
                 parents=found.parents[:, :width],
                 num_nodes=num_nodes,
@@ -221,13 +217,12 @@ def _rows_of(context: Context, rows: list[int]) -> Context:
     if len(rows) == len(context.slots):
         return context
     sampling = context.sampling
-    lengths = context.lengths[rows]
-    return replace(
-        context,
-        slots=context.slots[rows],
-        tokens=context.tokens[rows, : int(lengths.max())],
+    lengths = [context.lengths[row] for row in rows]
+    return Context(
+        slots=[context.slots[row] for row in rows],
+        tokens=context.tokens[rows, : max(lengths)],
         lengths=lengths,
-        room=context.room[rows],
+        room=[context.room[row] for row in rows],
         hidden={layer: states[rows] for layer, states in context.hidden.items()},
         sampling=SamplingBatch.of(
             [sampling.params[row] for row in rows], [sampling.generators[row] for row in rows]
@@ -266,8 +261,7 @@ def _widened(draft: Draft, width: int) -> Draft:
         return draft
     batch, nodes = draft.tokens.shape
     tail = torch.arange(nodes - 1, width - 1).expand(batch, extra)
-    return replace(
-        draft,
+    return draft._replace(
         tokens=torch.nn.functional.pad(draft.tokens, (0, extra)),
         parents=torch.cat([draft.parents, tail], dim=1),
         probs=None

@@ -60,9 +60,7 @@ class InputGuidedDrafter(Drafter):
 
     def propose(self, context: Context) -> Draft:
         """The rest of each input, as far as `context.room` allows."""
-        rows = zip(
-            context.slots.tolist(), context.lengths.tolist(), context.room.tolist(), strict=True
-        )
+        rows = zip(context.slots, context.lengths, context.room, strict=True)
         copies = []
         for row, (slot, length, room) in enumerate(rows):
             aligned = self._alignments[slot]

@@ -49,7 +49,7 @@ class LMDrafter(Drafter):
     def propose(self, context: Context) -> Draft:
         """Chains as long as `draft_length` says, shorter where `context.room` is."""
         reader = self.reader
-        slots = context.slots.tolist()
+        slots = context.slots
         counts = reader.depths(context, self.length.choose(slots))
         roots = context.roots.to(reader.device)
         longest = max(counts)
@@ -99,9 +99,9 @@ class LMDrafter(Drafter):
         self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
     ) -> None:
         """Forget what was rejected: committed tokens and the accepted path stay."""
-        lengths, accepted = context.lengths.tolist(), acceptance.num_accepted.tolist()
+        lengths, accepted = context.lengths, acceptance.num_accepted.tolist()
         kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
-        slots = context.slots.tolist()
+        slots = context.slots
         self.reader.cache.truncate(slots, kept)
         if isinstance(self.length, Constant):
             return  # it learns nothing

@@ -46,7 +46,7 @@ class LMTreeDrafter(Drafter):
 
     def propose(self, context: Context) -> Draft:
         """Trees of this shape, cut off where `context.room` ends."""
-        slots = context.slots.tolist()
+        slots = context.slots
         roots = context.roots.to(self.reader.device)
         depths = self.reader.depths(context, [self.shape.depth] * len(slots))
         self._places = {slot: places for slot, places in self._places.items() if slot not in slots}
@@ -65,7 +65,7 @@ class LMTreeDrafter(Drafter):
         self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
     ) -> None:
         """Keep the keys of the accepted path, as far down as it was read."""
-        slots = context.slots.tolist()
+        slots = context.slots
         kept = []
         for slot, path, count in zip(
             slots, acceptance.path.tolist(), acceptance.num_accepted.tolist(), strict=True

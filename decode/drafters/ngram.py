@@ -46,7 +46,7 @@ class NGramDrafter(Drafter):
         """Chains as long as `context.room` allows."""
         drafts = []
         for tokens, end, room in zip(
-            context.tokens.numpy(), context.lengths.tolist(), context.room.tolist(), strict=True
+            context.tokens.numpy(), context.lengths, context.room, strict=True
         ):
             text = tokens[max(0, end - self.order + 1) : end].tolist()
             known = len(text)

@@ -38,9 +38,7 @@ class PromptLookupDrafter(Drafter):
 
     def propose(self, context: Context) -> Draft:
         """Copies, as long as `context.room` allows."""
-        rows = zip(
-            context.slots.tolist(), context.lengths.tolist(), context.room.tolist(), strict=True
-        )
+        rows = zip(context.slots, context.lengths, context.room, strict=True)
         copies = []
         for row, (slot, length, room) in enumerate(rows):
             tokens = context.tokens[row, :length].numpy()

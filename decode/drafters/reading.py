@@ -54,9 +54,7 @@ class Reader:
         longest = self.cached.max_length + 1
         return [
             max(0, min(depth, room, longest - length))
-            for depth, room, length in zip(
-                wanted, context.room.tolist(), context.lengths.tolist(), strict=True
-            )
+            for depth, room, length in zip(wanted, context.room, context.lengths, strict=True)
         ]
 
     def catch_up(
@@ -75,7 +73,7 @@ class Reader:
         Returns:
             [B, 1, V] logits behind the root.
         """
-        lengths = context.lengths.tolist()
+        lengths = context.lengths
         cached = [self.cache.lengths[slot] for slot in slots]
         missing = [
             length - done if depth else 0

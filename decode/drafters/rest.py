@@ -43,7 +43,7 @@ class RestDrafter(Drafter):
         """Trees as deep as `context.room` allows."""
         drafts = []
         for tokens, end, room in zip(
-            context.tokens.numpy(), context.lengths.tolist(), context.room.tolist(), strict=True
+            context.tokens.numpy(), context.lengths, context.room, strict=True
         ):
             drafts.append(
                 self.cache.continuations(

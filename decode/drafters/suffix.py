@@ -79,9 +79,7 @@ class SuffixDrafter(Drafter):
     def propose(self, context: Context) -> Draft:
         """What followed before, as far as `context.room` allows."""
         self.drafts = []
-        rows = zip(
-            context.slots.tolist(), context.lengths.tolist(), context.room.tolist(), strict=True
-        )
+        rows = zip(context.slots, context.lengths, context.room, strict=True)
         for row, (slot, length, room) in enumerate(rows):
             sequence, tokens = self._sequences[slot], context.tokens[row, :length].numpy()
             self.cache.add_active_response(sequence.key, tokens[sequence.length :])

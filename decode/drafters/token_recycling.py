@@ -33,7 +33,7 @@ class TokenRecyclingDrafter(Drafter):
         plan, roots = self.plan, context.roots[:, 0].tolist()
         shape = list(zip(plan.parents, plan.ranks, plan.depths, strict=True))
         tokens, parents = [], []
-        for root, room in zip(roots, context.room.tolist(), strict=True):
+        for root, room in zip(roots, context.room, strict=True):
             places = {0: 0}  # node of the plan -> node of this tree
             own, above = [root], []
             for node, (parent, rank, depth) in enumerate(shape, start=1):

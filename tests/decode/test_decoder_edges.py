@@ -508,8 +508,8 @@ class Recording(LMDrafter):
         self.states[slot] = [torch.stack([hidden[layer] for layer in self.hidden_layers])]
 
     def propose(self, context: Context) -> Draft:
-        for row, slot in enumerate(context.slots.tolist()):
-            length = int(context.lengths[row])
+        for row, slot in enumerate(context.slots):
+            length = context.lengths[row]
             self.texts[slot] = context.tokens[row, :length].tolist()
             known = sum(part.shape[1] for part in self.states[slot])
             new = torch.stack([context.hidden[layer][row] for layer in self.hidden_layers])

@@ -89,7 +89,7 @@ class TreeDrafter(Drafter):
         drafts = []
         probs = warp(DRAFTER, context.sampling.params[0])
         for root, room, generator in zip(
-            context.roots[:, 0], context.room.tolist(), context.sampling.generators, strict=True
+            context.roots[:, 0], context.room, context.sampling.generators, strict=True
         ):
             drafts.append(tree(int(root), min(2, room), probs, generator))
         width = max(draft.tokens.shape[1] for draft in drafts)

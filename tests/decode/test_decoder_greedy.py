@@ -112,9 +112,7 @@ class BushDrafter(Drafter):
     def propose(self, context: Context) -> Draft:
         bushes = [
             self.bush(context.tokens[row, :length].tolist(), min(self.depth, room))
-            for row, (length, room) in enumerate(
-                zip(context.lengths.tolist(), context.room.tolist(), strict=True)
-            )
+            for row, (length, room) in enumerate(zip(context.lengths, context.room, strict=True))
         ]
         tokens, parents = zip(*bushes, strict=True)
         return Draft.from_lists(context.roots[:, 0].tolist(), list(tokens), list(parents))

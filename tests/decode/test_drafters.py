@@ -51,10 +51,10 @@ def context_of(
     params = [params] * size if isinstance(params, SamplingParams) else params
     width = max(map(len, texts))
     return Context(
-        slots=torch.tensor(range(size) if slots is None else slots),
+        slots=list(range(size) if slots is None else slots),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
-        lengths=torch.tensor([len(text) for text in texts]),
-        room=torch.tensor([room] * size if isinstance(room, int) else room),
+        lengths=[len(text) for text in texts],
+        room=[room] * size if isinstance(room, int) else list(room),
         hidden={},
         sampling=SamplingBatch.of(params, [generator_for(0, name) for name in names[:size]]),
     )

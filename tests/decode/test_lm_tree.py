@@ -70,10 +70,10 @@ def context_of(
     size, width = len(texts), max(map(len, texts))
     params = [params] * size if isinstance(params, SamplingParams) else params
     return Context(
-        slots=torch.arange(size),
+        slots=list(range(size)),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
-        lengths=torch.tensor([len(text) for text in texts]),
-        room=torch.tensor([room] * size if isinstance(room, int) else room),
+        lengths=[len(text) for text in texts],
+        room=[room] * size if isinstance(room, int) else list(room),
         hidden={},
         sampling=SamplingBatch.of(params, [generator_for(0, str(row)) for row in range(size)]),
     )

@@ -125,7 +125,7 @@ def draft_of(roots: Tensor, probs: Tensor, shape: Shape, generator: torch.Genera
     parents_BN = torch.tensor(parents).expand(len(roots), -1)
     draft = Draft(tokens_BN, parents_BN, torch.full((len(roots),), len(tokens)), laws)
     if shape.drawn == "distinct":
-        return compacted(replace(draft, without_replacement=True), torch.stack(valid, dim=1))
+        return compacted(draft._replace(without_replacement=True), torch.stack(valid, dim=1))
     return draft
 
 
@@ -143,8 +143,7 @@ def compacted(draft: Draft, valid: Tensor) -> Draft:
     parents = torch.where(nodes < num_nodes[:, None], parents, nodes - 1)
     assert draft.probs is not None
     size = draft.probs.shape[-1]
-    return replace(
-        draft,
+    return draft._replace(
         tokens=draft.tokens.gather(1, order),
         parents=parents,
         num_nodes=num_nodes,
@@ -300,7 +299,7 @@ def fresh(like: Tensor) -> Tensor:
 def residual_forgotten(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
     """After a rejection the target's own row, as if nothing had been tried."""
     found = accept_chain(draft, target_probs, uniforms)
-    return replace(found, next_token=draw(at_leaf(found, target_probs), fresh(draft.tokens)))
+    return found._replace(next_token=draw(at_leaf(found, target_probs), fresh(draft.tokens)))
 
 
 def residual_not_normalised(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
@@ -310,7 +309,7 @@ def residual_not_normalised(draft: Draft, target_probs: Tensor, uniforms: Tensor
     crossed = residual.cumsum(-1) > fresh(draft.tokens)[:, None]
     token = torch.where(crossed.any(-1), crossed.int().argmax(-1), residual.shape[-1] - 1)
     rejected = found.num_accepted < draft.num_nodes - 1
-    return replace(found, next_token=torch.where(rejected, token, found.next_token))
+    return found._replace(next_token=torch.where(rejected, token, found.next_token))
 
 
 def siblings_residual_not_normalised(
@@ -328,7 +327,7 @@ def bonus_from_the_drafter(draft: Draft, target_probs: Tensor, uniforms: Tensor)
     found = accept_chain(draft, target_probs, uniforms)
     bonus = draw(at_leaf(found, draft.probs), fresh(draft.tokens))
     complete = found.num_accepted == draft.num_nodes - 1
-    return replace(found, next_token=torch.where(complete, bonus, found.next_token))
+    return found._replace(next_token=torch.where(complete, bonus, found.next_token))
 
 
 def ratio_upside_down(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
@@ -365,7 +364,7 @@ def judged_by_its_own_row(draft: Draft, target_probs: Tensor, uniforms: Tensor) 
 
 def next_token_behind_the_root(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
     found = accept_tree(draft, target_probs, uniforms)
-    return replace(found, next_token=draw(target_probs[:, 0], fresh(draft.tokens)))
+    return found._replace(next_token=draw(target_probs[:, 0], fresh(draft.tokens)))
 
 
 def distinct_as_independent(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
@@ -388,7 +387,7 @@ def law_not_renormalised(draft: Draft, target_probs: Tensor, uniforms: Tensor) -
 def likeliest_as_drawn(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
     """Tokens chosen with certainty, handed over with the laws they were not drawn from."""
     laws = warp(PAIRS["random"][1], PLAIN)[draft.tokens]
-    return accept_tree(replace(draft, probs=laws), target_probs, uniforms)
+    return accept_tree(draft._replace(probs=laws), target_probs, uniforms)
 
 
 def all_siblings_by_the_same_p(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
@@ -414,8 +413,7 @@ def block_without_the_cap(draft: Draft, target_probs: Tensor, uniforms: Tensor) 
     weight = (p / draft.probs[:, :-1].gather(2, drafted)[..., 0]).cumprod(1)
     count = (uniforms[:, :-1] < weight).long() * torch.arange(1, weight.shape[1] + 1)
     found = accept_block(draft, target_probs, uniforms)
-    return replace(
-        found,
+    return found._replace(
         num_accepted=count.amax(1),
         path=torch.arange(drafted.shape[1] + 1).expand_as(draft.tokens),
     )
@@ -430,7 +428,7 @@ def block_with_the_chains_residual(
     rest = (at_leaf(found, target_probs) - at_leaf(found, draft.probs)).clamp_min(0)
     rejected = found.num_accepted < draft.num_nodes - 1
     token = draw(rest + 1e-12, fresh(draft.tokens))
-    return replace(found, next_token=torch.where(rejected, token, found.next_token))
+    return found._replace(next_token=torch.where(rejected, token, found.next_token))
 
 
 def level_of_one(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:

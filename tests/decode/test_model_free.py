@@ -59,10 +59,10 @@ def context_of(texts: list[list[int]], room: int = 20) -> Context:
     width = max(map(len, texts))
     sampling = SamplingParams()
     return Context(
-        slots=torch.arange(len(texts)),
+        slots=list(range(len(texts))),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
-        lengths=torch.tensor([len(text) for text in texts]),
-        room=torch.full((len(texts),), room),
+        lengths=[len(text) for text in texts],
+        room=[room] * len(texts),
         hidden={},
         sampling=SamplingBatch.of(
             [sampling] * len(texts), [generator_for(0, str(row)) for row in range(len(texts))]

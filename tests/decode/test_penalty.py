@@ -31,10 +31,10 @@ def test_every_node_is_judged_by_the_text_before_it():
     texts = [[3, 5, 5], [7]]
     params = [SamplingParams(repetition_penalty=PENALTY), SamplingParams(repetition_penalty=0.8)]
     context = Context(
-        slots=torch.arange(2),
+        slots=[0, 1],
         tokens=torch.tensor([[3, 5, 5], [7, 0, 0]]),
-        lengths=torch.tensor([3, 1]),
-        room=torch.tensor([9, 9]),
+        lengths=[3, 1],
+        room=[9, 9],
         hidden={},
         sampling=SamplingBatch.of(params, [generator_for(0, name) for name in "ab"]),
     )
