@@ -203,7 +203,8 @@ class LeanForward:
         """Output projection and MLP, each with its residual: [B, N, D]."""
         states = states + layer.attention_out(attended)
         gate, up = layer.gate_up(self._rms_norm(states, layer.mlp_norm)).chunk(2, -1)
-        return states + layer.mlp_out(F.silu(gate) * up)
+        rest: Tensor = layer.mlp_out(F.silu(gate) * up)
+        return states + rest
 
     def _normed(self, states: Tensor) -> Tensor:
         """The norm behind the last layer."""

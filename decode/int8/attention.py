@@ -7,6 +7,7 @@ order of their places, and those that a mask hides are not looked at.
 """
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _compiled = partial(njit, error_model="numpy")
 
 # Sums in another order than written, which depends on the size of a head alone.
 @partial(njit, error_model="numpy", fastmath={"reassoc", "contract"})
-def _dot(left: int, right: int, size: int) -> float:
+def _dot(left: int, right: int, size: int) -> Any:
     a, b = floats_at(left), floats_at(right)
     total = ZERO
     for i in range(size):

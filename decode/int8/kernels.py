@@ -9,6 +9,7 @@ by four matrices and what follows them, in the order of the constants below. Row
 """
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ _reordered = partial(njit, error_model="numpy", fastmath={"reassoc"})
 
 
 @_compiled
-def _quantise(values: int, width: int, out: int) -> float:
+def _quantise(values: int, width: int, out: int) -> Any:
     """A row's bytes; returns its unit, a 127th of its largest magnitude."""
     bits, floats, units = words_at(values), floats_at(values), bytes_at(out)
     # Magnitudes in the order of their bits: integers, whose maximum takes no care of NaN.
@@ -94,7 +95,7 @@ def _multiply(matrix: int, rows: int, units: int, num_rows: int, out: int, strid
 
 
 @_reordered
-def _sum_of_squares(values: int, width: int) -> float:
+def _sum_of_squares(values: int, width: int) -> Any:
     floats = floats_at(values)
     total = ZERO
     for i in range(width):

@@ -35,7 +35,7 @@ _C5, _FARTHEST = np.float32(5.0000001201e-1), np.float32(87)
 
 
 @partial(njit, error_model="numpy")
-def exp(x: float) -> float:
+def exp(x: Any) -> Any:
     """The exponential function by the polynomial of Cephes, within two units in the last place."""
     x = _FARTHEST if x > _FARTHEST else x
     x = -_FARTHEST if x < -_FARTHEST else x

@@ -17,9 +17,9 @@ from decode import (
     quantize_int8,
 )
 from decode.cached_model import CachedModel
-from decode.drafters import ExpansionTrees, LMDrafter, NoDrafter
+from decode.drafters import ExpansionTrees, LMDrafter, NoDrafter, load_drafter
 from decode.int8 import tiles
-from decode.int8.linear import Int8Linear, Matrix
+from decode.int8.linear import Int8Linear, Matrix, is_int8
 
 pytestmark = pytest.mark.skipif(not tiles.is_available(), reason="needs AVX512-VNNI")
 
@@ -138,6 +138,23 @@ def test_drafted_and_plain_outputs_are_the_same(quantised, perturbed, prompt, ba
     assert str(certificate).endswith(
         "all are the int8 target's own without drafts, token for token"
     )
+
+
+def test_a_small_model_follows_its_target_into_int8_and_heads_are_refused(
+    quantised, perturbed, tiny, tmp_path
+):
+    model, exact = quantised("llama")
+    target = Target(model)
+    perturbed(exact).save_pretrained(tmp_path / "small")
+    drafter = load_drafter(tmp_path / "small", target=target, draft=3)
+    assert is_int8(drafter.reader.cached.model)
+    tiny("gpt2").save_pretrained(tmp_path / "other")
+    drafter = load_drafter(tmp_path / "other", target=target, draft=3)
+    assert drafter.reader.cached.model.dtype == torch.float32
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "draftsmith.json").write_text('{"family": "medusa"}')
+    with pytest.raises(ValueError, match="the target's own weights, which are in int8"):
+        load_drafter(tmp_path / "heads", target=target, draft=3)
 
 
 def test_the_weights_in_float_are_gone(quantised):
