@@ -112,7 +112,7 @@ class LeanForward:
             model: any causal LM.
             positions: [1, P], the position of each place of the cache.
         """
-        return cls(model, positions) if _is_known(model) else None
+        return cls(model, positions) if is_known(model) else None
 
     def __call__(
         self,
@@ -221,8 +221,8 @@ class LeanForward:
         return weight * normed.to(states.dtype)
 
 
-def _is_known(model: PreTrainedModel) -> bool:
-    """Whether `model` is, in every part, what this file computes."""
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether `model` is, in every part, what this file (or `decode/int8`) computes."""
     if type(model) not in FAMILIES:
         return False
     config = model.config

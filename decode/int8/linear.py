@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from decode.int8 import kernels, tiles
 from decode.layout import groups, side_by_side
-from decode.lean import LeanForward
+from decode.lean import is_known
 
 
 class Matrix:
@@ -181,7 +181,7 @@ def _refuse_others(model: PreTrainedModel) -> None:
         )
     if not tiles.is_available():
         raise ValueError("int8 needs a CPU with AVX512-VNNI, which this one has not; use float32")
-    if LeanForward.of(model, torch.zeros(1, 1, dtype=torch.long)) is None:
+    if not is_known(model):
         raise ValueError(
             f"int8 is for unchanged Llama, Mistral, Qwen2 and Qwen3 models; {name} is none of them"
         )
