@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from decode.certificate import Certificate, Mismatch, certify, compare
     from decode.decoder import SpeculativeDecoder
     from decode.draft import Draft
+    from decode.int8.linear import quantize_int8
     from decode.layout import lay_out_for_decoding
     from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
     from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
@@ -47,6 +48,7 @@ __all__ = [
     "lay_out_for_decoding",
     "plan_best_first",
     "plan_without_gaps",
+    "quantize_int8",
     "tokenizer_hash",
 ]
 
@@ -55,6 +57,7 @@ _MODULES = (
     "certificate",
     "decoder",
     "draft",
+    "int8.linear",
     "layout",
     "planner",
     "protocols",

@@ -21,7 +21,7 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     storages, and packed copies do not follow a change.
     """
     done: set[Tensor] = set()
-    for linears in _groups(model):
+    for linears in groups(model):
         weights = [linear.weight for linear in linears]
         if done.isdisjoint(weights):
             done.update(weights)
@@ -80,7 +80,7 @@ def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
+def groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
     """Linear layers that read the same input, then every single one."""
     for module in model.modules():
         for names in SIDE_BY_SIDE:

@@ -91,19 +91,18 @@ class LeanForward:
         backbone: Any = model.base_model
         attention = backbone.layers[0].self_attn
         self.embeddings = backbone.embed_tokens.weight
-        self.head = Projection.of(model.lm_head)
         self.norm = backbone.norm.weight
         self.eps: float = backbone.norm.variance_epsilon
         self.scaling: float = attention.scaling
         self.head_size: int = attention.head_dim
         self.num_heads: int = config.num_attention_heads
         self.num_key_heads: int = config.num_key_value_heads
-        self.layers = [_layer_of(layer) for layer in backbone.layers]
         cos, sin = backbone.rotary_emb(self.embeddings[:1], positions)
         half = self.head_size // 2
         # (-b, a) * sin is (b, a) * (-sin, sin): the sign is put on once, here.
         self.cos = cos[0, :, None]  # [P, 1, E]
         self.sin = torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
+        self._read_weights(model)
 
     @classmethod
     def of(cls, model: PreTrainedModel, positions: Tensor) -> "LeanForward | None":
@@ -113,7 +112,7 @@ class LeanForward:
             model: any causal LM.
             positions: [1, P], the position of each place of the cache.
         """
-        return cls(model, positions) if _is_known(model) else None
+        return cls(model, positions) if is_known(model) else None
 
     def __call__(
         self,
@@ -146,31 +145,31 @@ class LeanForward:
         hidden = {0: states} if layers else {}
         for index, layer in enumerate(self.layers):
             mask = masks if isinstance(masks, Tensor) else masks[layer.kind or ""]
-            normed = self._rms_norm(states, layer.attention_norm)
-            states = states + self._attention(layer, index, normed, mask, cos, sin, cache)
-            gate, up = layer.gate_up(self._rms_norm(states, layer.mlp_norm)).chunk(2, -1)
-            states = states + layer.mlp_out(F.silu(gate) * up)
+            rotated, values = self._heads_of(layer, states, cos, sin)
+            attended = self._attended(rotated, values, index, mask, cache)
+            states = self._rest_of(layer, states, attended)
             if layers:
                 hidden[index + 1] = states
-        states = self._rms_norm(states, self.norm)
+        states = self._normed(states)
         if layers:
             hidden[len(self.layers)] = states
-        logits = self.head(states if keep is None else states[:, list(keep)])
+        logits = self._logits_of(states if keep is None else states[:, list(keep)])
         return logits, {layer: hidden[layer] for layer in layers}
 
-    def _attention(
-        self,
-        layer: Layer,
-        index: int,
-        states: Tensor,
-        mask: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: SlotCache,
-    ) -> Tensor:
+    def _read_weights(self, model: PreTrainedModel) -> None:
+        """Head and layers."""
+        backbone: Any = model.base_model
+        self.head = Projection.of(model.lm_head)
+        self.layers: Sequence[Any] = [_layer_of(layer) for layer in backbone.layers]
+
+    def _heads_of(
+        self, layer: Any, states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys, turned to their places, [B, N, H + G, E]; values [B, N, G, E]."""
         batch, width, _ = states.shape
         num_rotated = self.num_heads + self.num_key_heads
-        heads = layer.qkv(states).view(batch, width, -1, self.head_size)
+        projected = layer.qkv(self._rms_norm(states, layer.attention_norm))
+        heads = projected.view(batch, width, -1, self.head_size)
         rotated = heads.narrow(2, 0, num_rotated)  # queries and keys turn alike
         if layer.head_norms is not None:
             queries, keys = torch.split(rotated, [self.num_heads, self.num_key_heads], dim=2)
@@ -178,20 +177,41 @@ class LeanForward:
             rotated = torch.cat([self._rms_norm(part, weight) for part, weight in normed], dim=2)
         half = self.head_size // 2
         swapped = torch.cat((rotated.narrow(3, half, half), rotated.narrow(3, 0, half)), dim=-1)
-        rotated = rotated * cos + swapped * sin
-        keys, values = cache.layers[index].update(
+        values = heads.narrow(2, num_rotated, self.num_key_heads)
+        return rotated * cos + swapped * sin, values
+
+    def _attended(
+        self, rotated: Tensor, values: Tensor, index: int, mask: Tensor, cache: SlotCache
+    ) -> Tensor:
+        """What attention gives for the heads of layer `index`: [B, N, H * E]."""
+        batch, width, _, _ = rotated.shape
+        keys, all_values = cache.layers[index].update(
             rotated.narrow(2, self.num_heads, self.num_key_heads).transpose(1, 2),
-            heads.narrow(2, num_rotated, self.num_key_heads).transpose(1, 2),
+            values.transpose(1, 2),
         )
         output = F.scaled_dot_product_attention(
             rotated.narrow(2, 0, self.num_heads).transpose(1, 2),
             keys,
-            values,
+            all_values,
             attn_mask=mask,
             scale=self.scaling,
             enable_gqa=self.num_heads != self.num_key_heads,
         )
-        return layer.attention_out(output.transpose(1, 2).reshape(batch, width, -1))
+        return output.transpose(1, 2).reshape(batch, width, -1)
+
+    def _rest_of(self, layer: Any, states: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and MLP, each with its residual: [B, N, D]."""
+        states = states + layer.attention_out(attended)
+        gate, up = layer.gate_up(self._rms_norm(states, layer.mlp_norm)).chunk(2, -1)
+        rest: Tensor = layer.mlp_out(F.silu(gate) * up)
+        return states + rest
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """The norm behind the last layer."""
+        return self._rms_norm(states, self.norm)
+
+    def _logits_of(self, states: Tensor) -> Tensor:
+        return self.head(states)
 
     def _rms_norm(self, states: Tensor, weight: Tensor) -> Tensor:
         """Over the last dimension; in half precision rounded where transformers rounds."""
@@ -201,8 +221,8 @@ class LeanForward:
         return weight * normed.to(states.dtype)
 
 
-def _is_known(model: PreTrainedModel) -> bool:
-    """Whether `model` is, in every part, what this file computes."""
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether `model` is, in every part, what this file (or `decode/int8`) computes."""
     if type(model) not in FAMILIES:
         return False
     config = model.config
@@ -223,7 +243,12 @@ def _is_changed(module: nn.Module) -> bool:
     home = type(module).__module__
     return (
         not home.startswith(
-            ("transformers.models.", "torch.nn.modules.", "transformers.activations")
+            (
+                "transformers.models.",
+                "torch.nn.modules.",
+                "transformers.activations",
+                "decode.int8.",
+            )
         )
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or "forward" in vars(module)

@@ -55,7 +55,7 @@ from distill.report.html import passages_of
 from distill.report.tables import terminal, verdicts
 from distill.report.writing import write_report
 from distill.run_folder import RunFolder, describe, environment, write_json, write_text
-from distill.target import LoadedTarget, TargetSettings
+from distill.target import LoadedTarget, Quantization, TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Evaluate:
             return report
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        target = self.target.load()
+        target = self.target.load(may_be_quantized=True)
         lay_out_for_decoding(target.model)
         prompts = self._load_prompts(target)
         longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
@@ -161,6 +161,8 @@ class Evaluate:
         folder.finish({"report": report.name, "prompts": len(prompts)})
         print(terminal(drafters, self._exactness()))
         print("\n".join(verdicts(drafters, self._exactness())))
+        if relative := self._relative_to():
+            print(f"{self._exactness()} is{relative.lstrip(',')}.")
         if len(prompts) <= (FEW - 1) * self.batch_size:
             print("These are few prompts: the intervals are too narrow; give more.")
         print(f"report: {report}")
@@ -208,6 +210,13 @@ class Evaluate:
                 hint="give more or shorter prompts, or a smaller batch_size",
             )
         return prompts
+
+    def _relative_to(self) -> str:
+        """What exactness is relative to, where that is not the target as stored."""
+        quantization = self.target.quantization
+        if quantization is Quantization.none:
+            return ""
+        return f", relative to the target in {quantization.value}"
 
     def _exactness(self) -> str:
         is_lossless = self.acceptance.exactness is Exactness.LOSSLESS
@@ -395,7 +404,7 @@ class Evaluate:
         certificates: Mapping[str, Certificate],
         traces: Mapping[str, Sequence[StepRecord]],
     ) -> None:
-        exactness = self._exactness()
+        exactness, relative = self._exactness(), self._relative_to()
         about = environment()
         num_units = 1 + max(m.unit for m in measurements)
         doubt = f"; {num_units} units are few: intervals are too narrow" if num_units < FEW else ""
@@ -411,7 +420,7 @@ class Evaluate:
             "prompts": f"{len(prompts)}, {self.prompts}",
             "seen before": str(self.past or "nothing"),
             "sampling": self.sampling,
-            "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}",
+            "acceptance rule": f"{type(self.acceptance).__name__}: {exactness}{relative}",
             "drafts": self.draft or f"chains of {self.draft_length}",
             "batch size": self.batch_size,
             "certificate": "; ".join(f"{n}: {c}" for n, c in certificates.items()) or "not asked",
@@ -429,7 +438,8 @@ class Evaluate:
             self.output,
             title=self.title,
             lead=f"{len(drafters)} drafters for {target.path}, {len(prompts)} prompts, {mode}, "
-            f"{self.draft or f'draft length {self.draft_length}'}; {exactness}{doubt}",
+            f"{self.draft or f'draft length {self.draft_length}'}; {exactness}"
+            f"{relative}{doubt}",
             facts=facts,
             exactness=exactness,
             drafters=drafters,

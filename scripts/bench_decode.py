@@ -11,6 +11,9 @@ times is that of speeds. `--json FILE` writes
     autoregressive_over_transformers_generate  our autoregressive tokens/s / their greedy ones
     loop_overhead_fraction                     our assisted step outside the two models' forwards;
                                                masks and positions are of the forward, as theirs
+    int8_over_fp32                             our assisted tokens/s with both models in int8 / in
+                                               fp32; another target, near the first, so other
+                                               texts; only where the CPU can (AVX512-VNNI)
     batch8_over_transformers_assisted          8 prompts: our assisted tokens/s, all at once, /
                                                theirs, one by one, as they must be
     generation16_over_transformers             48 prompts, 16 at a time, each to its EOS: our
@@ -36,13 +39,16 @@ from decode import (
     SpeculativeDecoder,
     Target,
     lay_out_for_decoding,
+    quantize_int8,
 )
 from decode.cached_model import CachedModel
 from decode.drafters import LMDrafter, NoDrafter
+from decode.int8.tiles import is_available
 from distill.prompts import StandardLibraryPrompts
 
 Mode = Callable[[list[int]], list[int]]
 Round = dict[str, float]
+INT8 = "int8"
 
 
 class Forwards:
@@ -107,6 +113,13 @@ def load_for_decoding(folder: str) -> PreTrainedModel:
     return model
 
 
+def load_in_int8(folder: str) -> PreTrainedModel:
+    """The same with its linear layers in eight bits."""
+    model = load(folder)
+    quantize_int8(model)
+    return model
+
+
 def ours(target: Target, drafter: Drafter, max_new_tokens: int) -> Mode:
     """Our loop."""
     decoder = SpeculativeDecoder(target, drafter)
@@ -149,19 +162,21 @@ def time_rounds(
     """Every mode on every prompt, interleaved, `num_rounds` times.
 
     Returns:
-        the figures of each round, and how many outputs differ from the first mode's.
+        the figures of each round, and how many outputs differ from those of the first mode of the
+        same target: the first of all, or in int8 the first in int8.
     """
-    first = next(iter(modes.values()))
-    reference = [first(ids) for ids in prompts]
-    for run in modes.values():
+    firsts: dict[bool, Mode] = {}
+    for name, run in modes.items():
+        firsts.setdefault(INT8 in name, run)
         run(prompts[0])
+    reference = {key: [first(ids) for ids in prompts] for key, first in firsts.items()}
     rounds: dict[str, list[Round]] = {name: [] for name in modes}
     mismatches = dict.fromkeys(modes, 0)
     for number in range(num_rounds):
         sums = {name: dict.fromkeys(("wall", "steps", "target", "drafter"), 0.0) for name in modes}
         num_tokens = 0
-        for index, (ids, expected) in enumerate(zip(prompts, reference, strict=True)):
-            num_tokens += len(expected)
+        for index, ids in enumerate(prompts):
+            num_tokens += len(reference[False][index])  # as many in every mode, past EOS
             shift = (number + index) % len(modes)
             names = list(modes)
             for name in names[shift:] + names[:shift]:
@@ -173,7 +188,7 @@ def time_rounds(
                 sums[name]["steps"] += sum(counter.calls for counter in targets)
                 sums[name]["target"] += sum(counter.seconds for counter in targets)
                 sums[name]["drafter"] += sum(counter.seconds for counter in drafters)
-                mismatches[name] += tokens != expected
+                mismatches[name] += tokens != reference[INT8 in name][index]
         for name, values in sums.items():
             rounds[name].append(
                 {
@@ -318,6 +333,15 @@ def main() -> None:
         "transformers assisted": theirs(targets[0], drafters[0], args.max_new_tokens),
         "ours, assisted": ours(target, drafter, args.max_new_tokens),
     }
+    if is_available():
+        int8_target = Target(load_in_int8(args.target), max_batch_size=1)
+        int8_drafter = LMDrafter(
+            load_in_int8(args.drafter), target=int8_target, draft_length=args.draft_length
+        )
+        target_forwards.append(Forwards.of_ours(int8_target.cached))
+        drafter_forwards.append(Forwards.of_ours(int8_drafter.reader.cached))
+        modes["int8, autoregressive"] = ours(int8_target, NoDrafter(), args.max_new_tokens)
+        modes["int8, assisted"] = ours(int8_target, int8_drafter, args.max_new_tokens)
     rounds, mismatches = time_rounds(modes, prompts, target_forwards, drafter_forwards, args.rounds)
 
     def median(name: str, figure: str) -> float:
@@ -330,7 +354,7 @@ def main() -> None:
 
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{args.threads} thread(s), fp32, {len(prompts)} prompts x {args.max_new_tokens} tokens, "
+        f"{args.threads} thread(s), {len(prompts)} prompts x {args.max_new_tokens} tokens, "
         f"draft length {args.draft_length}, medians of {args.rounds} rounds"
     )
     header = ("", "tokens/s", "tokens/step", "ms/step", "target", "drafter", "other", "mismatches")
@@ -351,6 +375,8 @@ def main() -> None:
         ),
         "loop_overhead_fraction": median("ours, assisted", "other"),
     }
+    if is_available():
+        figures["int8_over_fp32"] = ratio("int8, assisted", "ours, assisted", "tokens_per_second")
     theirs_alone = modes["transformers assisted"]
     figures["batch8_over_transformers_assisted"] = batch8(
         load_for_decoding(args.target),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
 )
 
 from decode.drafters.drafting import Chains, Drafting
+from decode.int8.linear import is_int8, quantize_int8
 from decode.models.heads_folder import SETTINGS as HEADS
 from decode.models.heads_folder import load_heads
 from decode.protocols import Drafter
@@ -31,7 +33,8 @@ def load_drafter(
 
     Args:
         folder: what `draftsmith train` or `draftsmith export` wrote, or any causal LM.
-        target: what it drafts for; the drafter takes its dtype and device.
+        target: what it drafts for; the drafter takes its dtype and device, and a causal LM int8
+            too, where it can.
         draft: tokens per draft, or how to draft.
         tokenizer: the target's; the drafter's own must agree with it.
 
@@ -64,12 +67,17 @@ def _load_lm(
     except Exception as error:
         # transformers and safetensors raise many kinds here; the folder is what the user can mend.
         raise ValueError(f"cannot load a drafter from {folder}: {error}") from error
+    if is_int8(target.model):
+        with suppress(ValueError):  # an architecture that int8 is not for drafts in float32
+            quantize_int8(model)
     return drafting.build(model.to(target.device), target)
 
 
 def _load_heads(
     folder: str, target: Target, drafting: Drafting, tokenizer: PreTrainedTokenizerBase | None
 ) -> Drafter:
+    if is_int8(target.model):
+        raise ValueError("heads take the target's own weights, which are in int8 here")
     # A tokenizer of their own they have none: their ids are the target's.
     return drafting.build(load_heads(folder, target.model), target)
 

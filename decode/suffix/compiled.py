@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba.core import config, types
 from numba.extending import intrinsic
 
+FOLDERS = ("suffix", "int8")  # of `decode`, whose functions are compiled
+
 
 @cache
 def cache_folder() -> str:
@@ -23,10 +25,11 @@ def cache_folder() -> str:
 
     numba looks at the file of a function only, not at those of the functions that it calls.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    paths = [path for name in FOLDERS for path in Path(__file__).parents[1].glob(f"{name}/*.py")]
+    sources = b"".join(path.read_bytes() for path in sorted(paths))
     state = hashlib.sha256(sources + numba.__version__.encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(config.CACHE_DIR or os.path.join(home, "draftsmith")) / f"suffix-{state}"
+    folder = Path(config.CACHE_DIR or os.path.join(home, "draftsmith")) / f"compiled-{state}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -35,11 +38,14 @@ def cache_folder() -> str:
         return tempfile.mkdtemp(prefix="draftsmith-")
 
 
-def njit(function: Callable[..., Any]) -> Any:
-    """Compile without the interpreter, release the lock on it, and keep the result on disk."""
+def njit(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile without the interpreter, release the lock on it, and keep the result on disk.
+
+    `options` are further ones of numba's.
+    """
     users, config.CACHE_DIR = config.CACHE_DIR, cache_folder()
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, **options)(function)
     finally:
         config.CACHE_DIR = users
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from decode import SamplingParams
 from decode.acceptance import TopTokens
 from decode.drafters import ExpansionTrees, PromptLookup, Rest, SuffixDrafts, TokenRecycling
+from decode.int8.tiles import is_available as int8_is_available
 from distill.batches import SeqKD
 from distill.drafter_folder import find_drafter
 from distill.errors import UserError
@@ -19,7 +20,7 @@ from distill.measure import read_journal
 from distill.prompts import DatasetPrompts
 from distill.report.html import marks, token_texts
 from distill.store import Row, RowStore
-from distill.target import TargetSettings
+from distill.target import Quantization, TargetSettings
 
 
 def save_model(folder: Path, noise: float) -> Path:
@@ -228,8 +229,32 @@ def test_a_certificate_is_given_when_asked_for(
     evaluation(folders, tmp_path, certify=True).run()
     found = json.loads((tmp_path / "certificate.json").read_text())
     assert found.keys() == {"good", "bad"}
-    assert found["good"] == {"num_outputs": 5, "num_tokens": 100, "mismatches": []}
+    assert found["good"] == {
+        "num_outputs": 5,
+        "num_tokens": 100,
+        "mismatches": [],
+        "reference": "transformers' own",
+    }
     assert "all are transformers' own, token for token" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not int8_is_available(), reason="needs AVX512-VNNI")
+def test_a_target_in_int8_is_what_is_kept_to_and_the_report_says_so(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = TargetSettings(path=str(folders / "target"), quantization=Quantization.int8)
+    report = evaluation(folders, tmp_path, target=target, certify=True).run()
+    said = "greedy-identical is relative to the target in int8"
+    assert said in capsys.readouterr().out
+    assert "greedy-identical, relative to the target in int8" in report.read_text()
+    for certificate in json.loads((tmp_path / "certificate.json").read_text()).values():
+        assert certificate["mismatches"] == []
+        assert certificate["reference"] == "the int8 target's own without drafts"
+
+
+def test_only_an_evaluation_takes_a_quantised_target() -> None:
+    with pytest.raises(UserError, match=r"target.quantization=int8 is for evaluate"):
+        TargetSettings(quantization=Quantization.int8).load()
 
 
 def test_trees_and_other_rules_are_chosen_by_settings(

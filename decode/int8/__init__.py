@@ -1,0 +1,1 @@
+"""Linear layers in eight bits on the CPU, exact row by row."""
