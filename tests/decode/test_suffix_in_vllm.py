@@ -59,7 +59,7 @@ def test_every_call_of_the_reference_can_be_made() -> None:
         assert all(default is not ... for _, default in ours[len(wanted) :])
     for name in PROPERTIES:
         assert isinstance(vars(SuffixDecodingCache)[name], property)
-    assert defaults(SuffixDraft()) == FIELDS
+    assert list(defaults(SuffixDraft()).items())[: len(FIELDS)] == list(FIELDS.items())
 
 
 @needs_arctic
@@ -72,7 +72,7 @@ def test_the_reference_is_as_it_was_written_down() -> None:
     }
     assert {n: parameters(m) for n, m in public.items() if inspect.isfunction(m)} == NEEDED
     assert {n for n, p in public.items() if isinstance(p, property)} == PROPERTIES
-    assert defaults(reference.SuffixDecodingDraft()) == FIELDS
+    assert list(defaults(reference.SuffixDecodingDraft()).items()) == list(FIELDS.items())
     assert sorted(reference.__all__) == ["SuffixDecodingCache", "SuffixDecodingDraft"]
 
 
