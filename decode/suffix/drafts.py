@@ -7,7 +7,7 @@ import numpy as np
 from decode.suffix.lookup import BREADTH, ITEM_WORDS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes 0.5 us longer to make, of the 4 us of a look-up
 class SuffixDraft:
     """What followed a context before.
 
