@@ -9,6 +9,13 @@ error, and combines query and words into an answer; questions and schemas are ge
 Its outputs are recorded, not the model's own: the target reads and verifies every draft at its real
 cost, and a draft is accepted as far as the recorded text goes with it. `--write` makes the stream
 and, of other questions, what a model drafter can be trained on.
+
+Rows of `draftsmith generate` are replayed likewise (--stream ROWS, --last 40 of them), and a gate
+(train_gate.py; it holds the last fifth out) is compared with the score, a threshold (the number)
+on it, and what is learnt online:
+
+    python scripts/bench_agent.py --stream runs/rows --last 40 --drafter DRAFTER --gate runs/gate \\
+        --ways suffix hybrid "hybrid, gate" "hybrid, 1" "hybrid, 3"
 """
 
 import argparse
@@ -50,6 +57,7 @@ from decode.drafters import (
 )
 from distill.progress import Progress
 from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
+from distill.store import RowStore
 
 SUBJECTS: tuple[str, ...] = (
     "orders",
@@ -195,7 +203,7 @@ def load(folder: str) -> PreTrainedModel:
     return model
 
 
-def ways(drafter: PreTrainedModel | None, target: Target) -> dict[str, Drafter]:
+def ways(drafter: PreTrainedModel | None, target: Target, gate: str | None) -> dict[str, Drafter]:
     """What is compared."""
     found: dict[str, Drafter] = {
         "no drafter": NoDrafter(),
@@ -214,8 +222,15 @@ def ways(drafter: PreTrainedModel | None, target: Target) -> dict[str, Drafter]:
             "model, chains of 3": Chains(length=3).build(drafter, target),
             "model, trees": DynamicTrees(width=4, depth=4, size=12).build(drafter, target),
             "hybrid": HybridChains(length=3).build(drafter, target),
+            "hybrid, 1": HybridChains(length=3, threshold=1.0).build(drafter, target),
+            "hybrid, 3": HybridChains(length=3, threshold=3.0).build(drafter, target),
             "merged": MergedTrees().build(drafter, target),
         }
+        if gate is not None:
+            found["hybrid, gate"] = HybridChains(length=3, gate=gate).build(drafter, target)
+            found["hybrid, gate, 3"] = HybridChains(length=3, gate=gate, threshold=3.0).build(
+                drafter, target
+            )
     return found
 
 
@@ -226,9 +241,12 @@ def main() -> None:
     )
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     parser.add_argument("--questions", type=int, default=60)
-    parser.add_argument("--stream", type=Path)
+    parser.add_argument("--stream", type=Path, help="a .jsonl, or the folder of a row store")
+    parser.add_argument("--last", type=int, default=0, help="replay so many outputs, the last ones")
+    parser.add_argument("--ways", nargs="*", help="what is compared, by name; all if not given")
     parser.add_argument("--target", default="distill/embedded_target")
     parser.add_argument("--drafter", help="a transformers causal LM folder")
+    parser.add_argument("--gate", help="folder of the hybrid's gate")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.write:
@@ -239,15 +257,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(args.target)
-    with args.stream.open() as lines:
-        rows = [json.loads(line) for line in lines]
-    pairs = [
-        tuple(tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row)
-        for row in rows
-    ]
+    pairs = recorded(args.stream, tokenizer)[-args.last :]
     target = Target(load(args.target), max_batch_size=1)
-    drafters = ways(load(args.drafter) if args.drafter else None, target)
+    drafters = ways(load(args.drafter) if args.drafter else None, target, args.gate)
+    if args.ways:
+        drafters = {name: drafters[name] for name in ["no drafter", *args.ways]}
     report(replay(target, drafters, pairs), pairs)
+
+
+def recorded(stream: Path, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Prompts and outputs; the rows of a store in the order of their keys."""
+    if stream.is_dir():
+        rows = sorted(RowStore(stream).rows(), key=lambda row: row.key)
+        return [(row.prompt_ids, row.output_ids) for row in rows]
+    with stream.open() as lines:
+        texts = [json.loads(line) for line in lines]
+    encoded = (
+        tokenizer([text[key] for text in texts], add_special_tokens=False)["input_ids"]
+        for key in ("prompt", "output")
+    )
+    return list(zip(*encoded, strict=True))
 
 
 def replay(

@@ -6,7 +6,7 @@ All methods decode the same prompts one by one at temperature 0 and at temperatu
 Per method: its class; τ, tokens per target pass; tokens a second over our loop without a drafter;
 and at temperature 0 the share of outputs that are the target's own, token for token. Methods that
 learn from outputs begin with none and see the prompts in their order. 95 % bootstrap
-intervals over prompts, paired.
+intervals over prompts, paired. `--only Rest NGram` measures those whose name has one of the words.
 """
 
 import argparse
@@ -54,9 +54,12 @@ from decode.drafters import (
     ExpansionTrees,
     HeuristicChains,
     HybridChains,
+    InputGuided,
     MergedTrees,
+    NGram,
     NoDrafter,
     PromptLookup,
+    Rest,
     SuffixDrafts,
     TokenRecycling,
 )
@@ -65,6 +68,7 @@ from distill.prompts import StandardLibraryPrompts
 from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
 
 PLAIN = "no drafter"
+ModelFree = SuffixDrafts | PromptLookup | TokenRecycling | InputGuided | NGram | Rest
 COUNTS = (2, 2, 1)
 
 
@@ -79,14 +83,14 @@ class Method:
     """
 
     rule: AcceptanceRule
-    draft: Drafting | SuffixDrafts | PromptLookup | TokenRecycling | None
+    draft: Drafting | ModelFree | None
     greedy_only: bool = False
 
     def drafter(self, model: PreTrainedModel, target: Target) -> Drafter:
         """A new drafter; `model` drafts where one is needed."""
         if self.draft is None:
             return NoDrafter()
-        if isinstance(self.draft, SuffixDrafts | PromptLookup | TokenRecycling):
+        if isinstance(self.draft, ModelFree):
             return self.draft.build(target)
         return self.draft.build(model, target)
 
@@ -116,6 +120,10 @@ def methods(length: int) -> dict[str, Method]:
         Method(NearTokens(distance=2), chain),
         Method(Rollback(), Chains(length=length, min_confidence=0.3)),
         Method(SpeculativeSampling(), PromptLookup()),
+        Method(SpeculativeSampling(), InputGuided()),
+        Method(SpeculativeSampling(), NGram(order=2)),
+        Method(SpeculativeSampling(), NGram()),
+        Method(SpeculativeSampling(), Rest(size=16)),
         Method(SpeculativeSampling(), TokenRecycling()),
         Method(SpeculativeSampling(), SuffixDrafts()),
         Method(SpeculativeSampling(), SuffixDrafts(as_tree=True)),
@@ -240,6 +248,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -248,7 +257,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     source = StandardLibraryPrompts(split="evaluate", limit=args.prompts)
     prompts = [prompt.ids for prompt in source.load(tokenizer)]
-    chosen = methods(args.draft_length)
+    chosen = {
+        name: method
+        for name, method in methods(args.draft_length).items()
+        if not args.only or PLAIN in name or any(word in name for word in args.only)
+    }
     results = {}
     for temperature in (0.0, 1.0):
         fitting = {

@@ -12,6 +12,7 @@ from decode.drafters.drafting import (
     MergedTrees,
     PlannedTrees,
 )
+from decode.drafters.gate import Gate, load_gate, save_gate
 from decode.drafters.heads import HeadsDrafter
 from decode.drafters.hybrid import HybridDrafter
 from decode.drafters.input_guided import InputGuidedDrafter
@@ -45,6 +46,7 @@ __all__ = [
     "Drafting",
     "DynamicTrees",
     "ExpansionTrees",
+    "Gate",
     "HeadsDrafter",
     "HeuristicChains",
     "HybridChains",
@@ -72,4 +74,6 @@ __all__ = [
     "TokenRecycling",
     "TokenRecyclingDrafter",
     "load_drafter",
+    "load_gate",
+    "save_gate",
 ]

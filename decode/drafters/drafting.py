@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from decode.cost import measure_costs
 from decode.draft_length import Confidence, Constant, CostAware, Heuristic
+from decode.drafters.gate import load_gate
 from decode.drafters.growing import TreeShape
 from decode.drafters.heads import HeadsDrafter
 from decode.drafters.hybrid import HybridDrafter
@@ -131,14 +132,21 @@ class HybridChains:
         suffix: how suffixes are drafted.
         length: tokens that the model drafts.
         threshold: accepted tokens to expect of a suffix draft; None learns it.
+        gate: folder of a network that says how many to expect; None goes by the score.
     """
 
     suffix: SuffixDrafts = field(default_factory=SuffixDrafts)
     length: int = 3
     threshold: float | None = None
+    gate: str | None = None
 
     def build(self, model: DraftModel, target: Target) -> Drafter:
-        """Their drafter; the forwards of both models are timed first."""
+        """Their drafter; the forwards of both models are timed first.
+
+        Raises:
+            ValueError: the folder holds no gate.
+        """
+        gate = None if self.gate is None else load_gate(self.gate)
         trained = LMDrafter(
             _lm(model, type(self).__name__), target=target, draft_length=self.length
         )
@@ -150,6 +158,7 @@ class HybridChains:
             costs=costs,
             length=self.length,
             threshold=self.threshold,
+            gate=gate,
         )
 
 

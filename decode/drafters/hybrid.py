@@ -10,10 +10,10 @@ from torch import Tensor
 
 from decode.cost import StepCosts
 from decode.draft import Draft
+from decode.drafters.gate import Gate
 from decode.drafters.suffix import SuffixDrafter
 from decode.protocols import Acceptance, Context, Drafter
 from decode.sampling import SamplingBatch
-from decode.suffix import SuffixDraft
 
 KEPT = 0.98  # of what a running mean knew, at each new observation
 PRIOR = 4.0  # drafts: the weight of a score's own promise
@@ -36,6 +36,8 @@ class HybridDrafter(Drafter):
     all: a score is corrected by how many tokens drafts of like scores really had accepted, the
     trained drafter is credited with its running mean, and each pays what its step costs.
 
+    A gate's forecast, where there is one, takes the place of the score.
+
     The trained drafter reads what it has missed when its turn comes: as soon as it would have saved
     the time that this takes.
     """
@@ -48,6 +50,7 @@ class HybridDrafter(Drafter):
         costs: StepCosts,
         length: int,
         threshold: float | None = None,
+        gate: Gate | None = None,
     ):
         """Draft with both.
 
@@ -57,11 +60,13 @@ class HybridDrafter(Drafter):
             costs: seconds of the steps.
             length: tokens that the trained drafter drafts.
             threshold: accepted tokens to expect of a suffix draft; None learns it.
+            gate: says how many to expect; None goes by the score.
         """
         self.suffix, self.trained = suffix, trained
-        self.costs, self.length, self.threshold = costs, length, threshold
+        self.costs, self.length, self.threshold, self.gate = costs, length, threshold, gate
         self.hidden_layers = trained.hidden_layers
         self._choices: list[Choice] = []
+        self._promised: list[float] = []  # accepted tokens, by the score or by the gate
         self._read: dict[int, int] = {}  # slot -> tokens that the trained drafter has read
         self._saved: dict[int, float] = {}  # slot -> seconds that it would have saved since
         self._learn_anew()
@@ -88,7 +93,13 @@ class HybridDrafter(Drafter):
         """
         found = self.suffix.propose(context)
         self._of_trained = None
-        rows_of = zip(context.slots, context.lengths, self.suffix.drafts, strict=True)
+        drafts = self.suffix.drafts
+        self._promised = [
+            self.gate.expected(draft, length) if self.gate else draft.score
+            for draft, length in zip(drafts, context.lengths, strict=True)
+        ]
+        sizes = [len(draft.token_ids) for draft in drafts]
+        rows_of = zip(context.slots, context.lengths, sizes, self._promised, strict=True)
         self._choices = [self._choose(*row) for row in rows_of]
         nothing = [row for row, choice in enumerate(self._choices) if choice is Choice.NOTHING]
         if len(nothing) == len(self._choices):
@@ -121,9 +132,9 @@ class HybridDrafter(Drafter):
             self.trained.observe(context, draft, acceptance, target_logits)
             return
         counts = acceptance.num_accepted.tolist()
-        for found, count, choice in zip(self.suffix.drafts, counts, self._choices, strict=True):
+        for promised, count, choice in zip(self._promised, counts, self._choices, strict=True):
             if choice is Choice.SUFFIX:
-                _count(self._scores[_bin(found.score)], count)
+                _count(self._scores[_bin(promised)], count)
             elif choice is Choice.TRAINED:
                 _count(self._of_model, count)
         if self._of_trained is not None:
@@ -161,20 +172,20 @@ class HybridDrafter(Drafter):
         self._of_model = [1.0, 1.0]  # the same of the trained drafter
         self._for_tries = {Choice.SUFFIX: 0.0, Choice.TRAINED: 0.0}  # seconds
 
-    def _choose(self, slot: int, length: int, found: SuffixDraft) -> Choice:
-        """Whose draft a sequence of `length` tokens takes.
+    def _choose(self, slot: int, length: int, size: int, promised: float) -> Choice:
+        """Whose draft a sequence of `length` tokens takes; `size` tokens were found for it.
 
         To read a text pays over many steps: the trained drafter does it when what it would have
         saved since its last turn makes up for it.
         """
-        size, costs = len(found.token_ids), self.costs
+        costs = self.costs
         if self.threshold is not None:
-            return Choice.SUFFIX if size and found.score >= self.threshold else Choice.TRAINED
+            return Choice.SUFFIX if size and promised >= self.threshold else Choice.TRAINED
         nothing, longer = costs.seconds(0), costs.verify[min(size, costs.longest)] + costs.other
         alone, suffix = 1 / nothing, 0.0
         if size:
-            drafts, accepted = self._scores[_bin(found.score)]
-            suffix = (1 + (accepted + PRIOR * found.score) / (drafts + PRIOR)) / longer
+            drafts, accepted = self._scores[_bin(promised)]
+            suffix = (1 + (accepted + PRIOR * promised) / (drafts + PRIOR)) / longer
         seconds = costs.seconds(self.length)
         drafts, accepted = self._of_model
         saved = (1 + accepted / drafts) / max(alone, suffix) - seconds

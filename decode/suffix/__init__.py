@@ -2,5 +2,6 @@
 
 from decode.suffix.cache import SuffixDecodingCache
 from decode.suffix.drafts import SuffixDraft
+from decode.suffix.for_vllm import install_for_vllm
 
-__all__ = ["SuffixDecodingCache", "SuffixDraft"]
+__all__ = ["SuffixDecodingCache", "SuffixDraft", "install_for_vllm"]

@@ -286,7 +286,7 @@ class SuffixDecodingCache:
             most = self._depth if max_spec_tokens is None else max_spec_tokens
             self._reserve(most)
             document = self._cached.get(req_id)
-            size, score, length = speculate_both(
+            found = speculate_both(
                 arena.address,
                 self._shared.address,
                 0 if self._frozen is None else self._frozen.address,
@@ -301,7 +301,7 @@ class SuffixDecodingCache:
                 sources != "own",
                 *self._room.all,
             )
-            return self._room.draft(size, score, length)
+            return self._room.draft(*found)
 
     def continuations(
         self,

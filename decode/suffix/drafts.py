@@ -7,7 +7,7 @@ import numpy as np
 from decode.suffix.lookup import BREADTH, ITEM_WORDS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes 0.5 us longer to make, of the 4 us of a look-up
 class SuffixDraft:
     """What followed a context before.
 
@@ -17,6 +17,7 @@ class SuffixDraft:
         probs: the estimated chance of acceptance of each.
         score: their sum: expected accepted tokens.
         match_len: tokens of the context that were found.
+        own: whether they were found in the request's own text.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -24,6 +25,7 @@ class SuffixDraft:
     probs: list[float] = field(default_factory=list)
     score: float = 0.0
     match_len: int = 0
+    own: bool = False
 
 
 class WorkingMemory:
@@ -39,7 +41,7 @@ class WorkingMemory:
         arrays = (self.drafts, self.probs, self.items, self.chances)
         self.all = (most, *(array.ctypes.data for array in arrays))
 
-    def draft(self, size: int, score: float, match_len: int) -> SuffixDraft:
+    def draft(self, size: int, score: float, match_len: int, own: bool = False) -> SuffixDraft:
         """The draft of `size` tokens that a look-up has left here."""
         if size == 0:
             return SuffixDraft()
@@ -49,4 +51,5 @@ class WorkingMemory:
             self.probs[0, :size].tolist(),
             score,
             match_len,
+            own,
         )

@@ -350,6 +350,8 @@ def speculate_both(
 ):
     """The best of the request's own tree, the shared one, and a frozen one.
 
+    As `speculate`, and whether the draft is of the request's own tree.
+
     Args:
         own_address: of the header of the request's tree: slot 0 holds its prompt and output.
         shared_address: of the header of the global tree.
@@ -382,6 +384,7 @@ def speculate_both(
             own, own_slot, context, own_seen, most, factor, offset, least, as_tree,
             size, score, found, capacity, drafts, probs, items, chances,
         )  # fmt: skip
+    of_own = score
     if in_shared:
         size, score, found = speculate(
             shared, slot, context, seen, most, factor, offset, least, as_tree,
@@ -392,4 +395,4 @@ def speculate_both(
                 longs_at(frozen_address), -1, context, 0, most, factor, offset, least, as_tree,
                 size, score, found, capacity, drafts, probs, items, chances,
             )  # fmt: skip
-    return size, score, found
+    return size, score, found, score == of_own

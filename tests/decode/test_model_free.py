@@ -19,7 +19,6 @@ from decode import (
 from decode.cost import StepCosts
 from decode.drafters import (
     Chains,
-    DynamicTrees,
     HybridChains,
     HybridDrafter,
     InputGuided,
@@ -37,9 +36,7 @@ from decode.drafters import (
     TokenRecyclingDrafter,
 )
 from decode.planner import TreePlan
-from decode.protocols import Drafter
 from decode.sampling import generator_for
-from decode.suffix import SuffixDraft
 
 COSTS = StepCosts(draft=0.1, verify=tuple(1 + 0.1 * k for k in range(17)))
 SETTINGS = {
@@ -373,134 +370,3 @@ def test_a_finished_output_is_kept_whole(tiny, greedy, ignore_eos):
     drafter.begin(0, torch.tensor(result.tokens[:5]), {})
     (found,) = drafter.propose(context_of([result.tokens[:6]])).tokens.tolist()
     assert found == result.tokens[5 : 5 + len(found)]
-
-
-class Counting(SuffixDrafter):
-    """Promises what it is told."""
-
-    def __init__(self, score: float):
-        super().__init__(sources="own", min_prob=0.0)
-        self.score = score
-
-    def propose(self, context: Context) -> Draft:
-        draft = super().propose(context)
-        self.drafts = [type(d)(d.token_ids, d.parents, d.probs, self.score) for d in self.drafts]
-        return draft
-
-
-@pytest.mark.parametrize(
-    ("score", "noise", "c", "turns_of_trained"),
-    [
-        (0.05, 0.02, 0.1, (0.9, 1.0)),  # a good drafter, and suffixes that promise little
-        (3.0, 0.02, 0.1, (0.5, 1.0)),  # suffixes that do not keep what they promise
-        (0.05, 9.0, 0.5, (0.0, 0.4)),  # neither pays
-    ],
-)
-def test_the_hybrid_learns_whom_to_trust(tiny, perturbed, score, noise, c, turns_of_trained):
-    model = tiny("llama", vocab_size=97)
-    target = Target(model, max_batch_size=1)
-    other = Chains(length=3).build(perturbed(model, noise), target)
-    costs = StepCosts(draft=c, verify=COSTS.verify)
-    drafter = HybridDrafter(Counting(score), other, costs=costs, length=3)
-    turns = []
-    propose = other.propose
-
-    def noted(context):
-        turns.append(1)
-        return propose(context)
-
-    other.propose = noted
-    params = SamplingParams(temperature=1.5, max_new_tokens=80)
-    text = [5, 6, 7, 5, 6, 7, 5, 6]
-    request = Request(id="a", prompt=text, sampling=params)
-    (result,) = SpeculativeDecoder(target, drafter).generate([request])
-    low, high = turns_of_trained
-    assert low <= len(turns) / result.stats.num_steps <= high
-    if high < 0.5:
-        assert result.stats.num_drafts < result.stats.num_steps / 2
-
-
-class Told(SuffixDrafter):
-    """Drafts zeros, as many as it is told, with the score that it is told."""
-
-    told = (0, 0.0)
-
-    def propose(self, context: Context) -> Draft:
-        size, score = self.told
-        self.drafts = [SuffixDraft([0] * size, list(range(-1, size - 1)), [], score)]
-        return Draft.from_lists(context.roots[:, 0].tolist(), [[0] * size])
-
-
-class Ones(Drafter):
-    """Drafts three ones."""
-
-    hidden_layers = ()
-
-    def propose(self, context: Context) -> Draft:
-        return Draft.from_lists(context.roots[:, 0].tolist(), [[1, 1, 1]])
-
-
-def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
-    """What it drafts behind so many tokens, of which `accepted` are accepted."""
-    context = context_of([[9] * length])
-    draft = drafter.propose(context)
-    count = torch.tensor([min(accepted, draft.tokens.shape[1] - 1)])
-    path = torch.arange(draft.tokens.shape[1])[None]
-    outcome = Acceptance(path, count, torch.tensor([9]), count)
-    drafter.observe(context, draft, outcome, torch.zeros(*draft.tokens.shape, 2))
-    return draft.tokens[0, 1:].tolist()
-
-
-def test_the_hybrid_judges_scores_by_drafts_of_like_scores():
-    suffix = Told()
-    costs = StepCosts(draft=0.5, verify=COSTS.verify)
-    drafter = HybridDrafter(suffix, Ones(), costs=costs, length=3)
-    drafter.begin(0, torch.tensor([9, 9]), {})
-    drafts = []
-    for _ in range(300):
-        suffix.told = (3, 2.0)  # and keeps it
-        assert played(drafter, 2, accepted=3) == [0, 0, 0]
-        suffix.told = (1, 0.55)  # and never does
-        drafts.append(played(drafter, 2, accepted=0))
-    # Until it is known, and then as often as 1 % of the time allows, a tenth of a step each.
-    assert drafts[:10] == [[0]] * 10
-    assert 5 < drafts[100:].count([0]) < 25
-    assert drafts.count([1, 1, 1]) == 1  # this may lose 1.8 steps
-    drafter.forget()
-    assert played(drafter, 2, accepted=0) == [0]
-
-
-def test_the_trained_drafter_reads_a_text_when_that_has_paid():
-    costs = StepCosts(draft=0.1, verify=COSTS.verify, read=0.05)
-    drafter = HybridDrafter(Told(), Ones(), costs=costs, length=3)
-    drafter.begin(0, torch.tensor([9] * 105), {})
-    # One token accepted of a draft saves 2 - 1.6 steps, and to read 100 tokens takes 5.
-    drafts = [played(drafter, 105, accepted=1) for _ in range(12)]
-    assert drafts == [[]] * 12
-    drafts = [played(drafter, 105 + 2 * step, accepted=1) for step in range(10)]
-    assert drafts == [[1, 1, 1]] * 10
-    drafter.end(0, [])
-    drafter.begin(0, torch.tensor([9] * 105), {})
-    assert played(drafter, 105, accepted=1) == []
-
-
-def test_suffix_trees_beside_sampled_drafts_are_refused(tiny, perturbed):
-    model = tiny("llama", vocab_size=11)
-    target = Target(model, max_batch_size=2)
-    suffix = SuffixDrafter(as_tree=True, min_prob=0.0, factor=4.0)
-    other = Chains(length=2).build(perturbed(model, 0.3), target)
-    drafter = HybridDrafter(suffix, other, costs=COSTS, length=2, threshold=0.5)
-    params = SamplingParams(temperature=1.0, max_new_tokens=30)
-    texts = [[1, 2, 1, 3, 1, 2, 1, 3, 1], [5, 6]]
-    with pytest.raises(ValueError, match="suffix trees cannot be judged"):
-        SpeculativeDecoder(target, drafter).generate(
-            Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
-        )
-    likeliest = DynamicTrees(width=2, depth=2, size=4).build(perturbed(model, 0.3), target)
-    drafter = HybridDrafter(
-        SuffixDrafter(as_tree=True), likeliest, costs=COSTS, length=2, threshold=0.5
-    )
-    results = SpeculativeDecoder(target, drafter).generate(
-        Request(id=str(index), prompt=text, sampling=params) for index, text in enumerate(texts)
-    )
-    assert [len(result.tokens) for result in results] == [30, 30]
