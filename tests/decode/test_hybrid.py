@@ -106,10 +106,10 @@ class Ones(Drafter):
 def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
     """What it drafts behind so many tokens, of which `accepted` are accepted."""
     context = Context(
-        torch.tensor([0]),
+        [0],
         torch.tensor([[9] * length]),
-        torch.tensor([length]),
-        torch.tensor([20]),
+        [length],
+        [20],
         {},
         SamplingBatch.of([SamplingParams()], [generator_for(0, "a")]),
     )
