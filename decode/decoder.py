@@ -219,6 +219,8 @@ class SpeculativeDecoder:
             kept, reason = self.stopping.cut(sequence.output, new, sequence.sampling)
             if reason is None and len(sequence.output) + kept >= sequence.limit:
                 reason = "length"
+            if reason == "length" and self.target.forced_eos is not None:
+                new[kept - 1] = self.target.forced_eos
             is_cut |= kept <= counts[row]
             emitted.append((new[:kept], reason))
         if not is_cut:

@@ -1,6 +1,6 @@
 """The target: the model whose output must be preserved, and its cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,24 +9,25 @@ from transformers import PreTrainedModel
 
 from decode.cached_model import CachedModel, ModelOutput, refuse_unsupported
 from decode.draft import Draft
+from decode.processors import (
+    banned_tokens,
+    eos_token_ids,
+    forced_eos,
+    refuse_processors,
+    repetition_penalty,
+)
 from decode.protocols import Acceptance
 
 PREFILL_CHUNK = 512
-NEUTRAL_PROCESSORS = {
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-}
 
 
 class Target:
-    """A transformers causal LM that prefills, verifies and commits; weights stay as they are."""
+    """A transformers causal LM that prefills, verifies and commits; weights stay as they are.
+
+    Attributes:
+        forced_eos: the last token of an output that reaches its limit, where the generation config
+            names one.
+    """
 
     def __init__(
         self, model: PreTrainedModel, *, max_batch_size: int = 8, max_length: int | None = None
@@ -51,8 +52,11 @@ class Target:
         self.max_length = self.cached.max_length
         self.vocab_size = self.cached.vocab_size
         self.device = self.cached.device
-        self.eos_token_ids = _eos_token_ids(model)
-        self.repetition_penalty = _repetition_penalty(model)
+        self.eos_token_ids = eos_token_ids(model)
+        self.repetition_penalty = repetition_penalty(model)
+        self.forced_eos = forced_eos(model)
+        banned = banned_tokens(model)
+        self._banned = None if banned is None else torch.tensor(banned, device=self.device)
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Tensor], layers: tuple[int, ...] = ()
@@ -87,7 +91,7 @@ class Target:
         at_root = {layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers}
         logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]
         before = [{layer: tokens[:-1] for layer, tokens in row.items()} for row in read]
-        return ModelOutput(logits, at_root), before
+        return self._allowed(ModelOutput(logits, at_root)), before
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Let the free `slot` begin with the first `length` tokens that `source` has read."""
@@ -102,7 +106,7 @@ class Target:
             ValueError: a node's token is none of the target's (on a GPU the driver stops instead).
         """
         try:
-            return self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
+            output = self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
         except IndexError as error:
             unknown = draft.tokens[(draft.tokens < 0) | (draft.tokens >= self.vocab_size)]
             if len(unknown) == 0:
@@ -111,6 +115,7 @@ class Target:
                 f"the drafter proposed token {int(unknown[0])}; the target has the tokens 0 to "
                 f"{self.vocab_size - 1}"
             ) from error
+        return self._allowed(output)
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""
@@ -121,42 +126,14 @@ class Target:
         """The sequence in `slot` is finished."""
         self.cached.cache.release(slot)
 
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, Sequence) else frozenset([eos])
+    def _allowed(self, output: ModelOutput) -> ModelOutput:
+        """The output, without the tokens that are never written."""
+        if self._banned is None:
+            return output
+        return output._replace(logits=output.logits.index_fill(-1, self._banned, -torch.inf))
 
 
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ValueError, in one sentence, for a model that this runtime cannot decode exactly."""
     refuse_unsupported(model)
-    _refuse_processors(model)
-
-
-def _repetition_penalty(model: PreTrainedModel) -> float:
-    config = model.generation_config
-    penalty = getattr(config, "repetition_penalty", None) if config else None
-    return 1.0 if penalty is None else float(penalty)
-
-
-def _refuse_processors(model: PreTrainedModel) -> None:
-    """Raise ValueError for logits processors that would be left out: that changes the output."""
-    settings: Mapping[str, object] = (
-        model.generation_config.to_dict() if model.generation_config else {}
-    )
-    active = [
-        name
-        for name, neutral in NEUTRAL_PROCESSORS.items()
-        if settings.get(name) not in (None, neutral)
-    ]
-    if active:
-        raise ValueError(
-            f"the generation config of {model.config._name_or_path or type(model).__name__} asks "
-            f"for {', '.join(f'{name}={settings[name]!r}' for name in active)}, which this runtime "
-            f"does not apply; to decode without, take it out of generation_config.json, or set "
-            f"model.generation_config.{active[0]} = None"
-        )
+    refuse_processors(model)
