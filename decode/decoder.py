@@ -300,9 +300,8 @@ class SpeculativeDecoder:
             request = next(waiting, None)
             if request is None:
                 break
-            if len(request.prompt) == 0:
-                raise ValueError(f"request {request.id!r} has an empty prompt; it needs a token")
-            room = self.target.max_length - len(request.prompt)
+            request = self.target.complete(request)
+            room = self.target.room(request)
             if room < 1:
                 yield GenerationResult(request.id, [], "context", GenerationStats(), [])
                 continue
@@ -335,9 +334,10 @@ class SpeculativeDecoder:
         """Which prompts begin as another slot's text does: slot -> (that slot, tokens to copy).
 
         The other one was there before, or enters now and reads its prompt itself. Of drafters that
-        want the states of every token each prompt is read whole.
+        want the states of every token each prompt is read whole, and that of an encoder-decoder
+        model too: its keys hang on the source.
         """
-        if self.drafter.hidden_layers:
+        if self.drafter.hidden_layers or self.target.is_encoder_decoder:
             return {}
         newcomers = {sequence.slot for sequence in entering}
         sources = [sequence for sequence in self._active if sequence.slot not in newcomers]
@@ -371,7 +371,12 @@ class SpeculativeDecoder:
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
         batch = _Batch(sequences, self._tokens)
-        output, before = self.target.prefill(batch.slots, prompts, self.drafter.hidden_layers)
+        output, before = self.target.prefill(
+            batch.slots,
+            prompts,
+            self.drafter.hidden_layers,
+            sources=[sequence.request.source for sequence in sequences],
+        )
         for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
             if len(sequence.request.material):
                 self.drafter.consult(sequence.slot, sequence.request.material)

@@ -26,6 +26,8 @@ def refuse_processors(model: PreTrainedModel) -> None:
     applied = {"bad_words_ids"} if banned_tokens(model) is not None else set()
     if forced_eos(model) is not None:
         applied.add("forced_eos_token_id")
+    if model.config.is_encoder_decoder and isinstance(settings.get("forced_bos_token_id"), int):
+        applied.add("forced_bos_token_id")
     active = [
         name
         for name, neutral in NEUTRAL.items()
@@ -73,6 +75,35 @@ def forced_eos(model: PreTrainedModel) -> int | None:
     if isinstance(forced, Sequence) and len(forced) == 1:
         forced = forced[0]
     return forced if isinstance(forced, int) else None
+
+
+def decoder_prompt(model: PreTrainedModel, given: Sequence[int] = ()) -> list[int]:
+    """What the decoder of an encoder-decoder model begins with; nothing of other models.
+
+    That is `given`, or else the start token; and behind a single token the BOS that is forced, as
+    in transformers.
+
+    Raises:
+        ValueError: nothing is given, and the model names no start token.
+    """
+    if not model.config.is_encoder_decoder:
+        return []
+    settings = _settings(model)
+    prompt = list(given)
+    if not prompt:
+        start = settings.get("decoder_start_token_id")
+        if start is None:
+            start = settings.get("bos_token_id")
+        if not isinstance(start, int):  # a list has one for each row of a batch
+            raise ValueError(
+                f"the generation config of {type(model).__name__} names no one "
+                "decoder_start_token_id to begin with; give the request a prompt"
+            )
+        prompt = [start]
+    forced = settings.get("forced_bos_token_id")
+    if len(prompt) == 1 and isinstance(forced, int):
+        prompt.append(forced)
+    return prompt
 
 
 def _settings(model: PreTrainedModel) -> Mapping[str, object]:
