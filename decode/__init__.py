@@ -1,4 +1,4 @@
-"""The speculative decoding runtime: any transformers causal LM, any drafter, exact by test."""
+"""The speculative decoding runtime: any transformers LM, any drafter, exact by test."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""A transformers causal LM, unchanged, over our slot cache: the forward that everything shares."""
+"""A transformers model, unchanged, over our slot cache: the forward that everything shares."""
 
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from decode.cache import SlotCache, Window
 from decode.draft import Draft
+from decode.encoder_decoder import EncoderDecoder, refuse_family
 from decode.int8.forward import forward_of
 from decode.int8.linear import is_int8
 from decode.lean import LeanForward
 from decode.masks import MaskMaker
+from decode.source_cache import Encoded
 
 # These bias attention by distance or count keys themselves, and ignore masks that are handed in.
 OWN_MASKS = {"bloom", "falcon", "mpt", "gpt_neo"}
@@ -34,7 +36,7 @@ class ModelOutput(NamedTuple):
 
 
 class CachedModel:
-    """A causal LM and the keys and values of the sequences it is decoding.
+    """A language model and the keys and values of the sequences it is decoding.
 
     Masks are 4-D and positions explicit, so that ragged batches, trees and rollback work on the
     model as transformers ships it.
@@ -58,12 +60,17 @@ class CachedModel:
             )
         self.model = model
         self.device = model.device
-        self.vocab_size: int = config.vocab_size
+        # The decoder of a translation model may have a vocabulary of its own.
+        self.vocab_size: int = getattr(config, "decoder_vocab_size", None) or config.vocab_size
         self.max_length: int = min(context, max_length or context)
         refuse_switching_rotary(config, self.max_length)
         self.cache = SlotCache(
-            num_layers=config.num_hidden_layers, num_slots=num_slots, max_length=self.max_length
+            num_layers=_num_layers(config), num_slots=num_slots, max_length=self.max_length
         )
+        self.encoder_decoder: EncoderDecoder | None = None
+        if model.config.is_encoder_decoder:
+            self.encoder_decoder = EncoderDecoder(model, self.cache)
+        self._call = self.encoder_decoder or model
         windows = _windows(config)
         self._kinds = list(windows)
         self._makers = [
@@ -92,6 +99,7 @@ class CachedModel:
         layers: tuple[int, ...] = (),
         keep: Sequence[int] | None = None,
         commit: Sequence[int] | None = None,
+        encoded: Encoded | None = None,
     ) -> ModelOutput:
         """Run `tokens` behind what is committed.
 
@@ -104,6 +112,8 @@ class CachedModel:
             layers: hidden states to return.
             keep: the places whose logits are wanted, ascending; None is all of them.
             commit: how many tokens of each sequence are committed at once; None is none of them.
+            encoded: of an encoder-decoder model, in the first forward of these sequences: their
+                sources, as `encode` gives them.
         """
         width = tokens.shape[1]
         is_tree = tree is not None and not tree.is_chain
@@ -118,6 +128,10 @@ class CachedModel:
             mask, positions = known
         else:
             mask, positions = self._chain_inputs(window, width)
+        if self.encoder_decoder is not None:
+            starts = [start - num_read for start in window.starts]
+            nodes = tree if is_tree else None
+            self.encoder_decoder.open(slots, starts, window.num_keys, tree=nodes, encoded=encoded)
         if self._lean is not None:
             start = None if is_tree or window.slot is None else window.starts[0]
             logits, hidden = self._lean(
@@ -128,6 +142,16 @@ class CachedModel:
         if commit is not None:
             self.cache.commit(slots, commit)
         return ModelOutput(logits, hidden)
+
+    def encode(self, sources: Sequence[Tensor]) -> Encoded | None:
+        """What an encoder makes of the sources [S]; None of a model without one."""
+        return None if self.encoder_decoder is None else self.encoder_decoder.encode(sources)
+
+    def release(self, slot: int) -> None:
+        """The sequence in `slot` is finished."""
+        self.cache.release(slot)
+        if self.encoder_decoder is not None:
+            self.encoder_decoder.release(slot)
 
     def _by_modules(
         self,
@@ -141,7 +165,7 @@ class CachedModel:
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
-        output = self.model(
+        output = self._call(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
@@ -152,7 +176,8 @@ class CachedModel:
         logits = output.logits
         if keep is not None and not self._keeps_logits:
             logits = logits[:, list(keep)]
-        return logits, {layer: output.hidden_states[layer] for layer in layers}
+        states = output.hidden_states or ()
+        return logits, {layer: states[layer] for layer in layers}
 
     @torch.no_grad()
     def _tried(self, lean: LeanForward | None) -> LeanForward | None:
@@ -212,9 +237,10 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; a causal LM is needed")
+        refuse_family(model)
     if not model.can_generate():
-        raise ValueError(f"{name} has no language-model head; load it as a causal LM")
+        kind = "sequence-to-sequence" if model.config.is_encoder_decoder else "causal"
+        raise ValueError(f"{name} has no language-model head; load it as a {kind} LM")
     kinds = set(getattr(config, "layer_types", None) or ()) - ROLLBACK_LAYERS
     if kinds or getattr(model, "_is_stateful", False):
         raise ValueError(
@@ -247,6 +273,13 @@ def refuse_switching_rotary(config: object, max_length: int) -> None:
             f"rotary positions of type longrope change their scale behind {original} tokens, and "
             f"cached keys with them; decode within that: max_length={original}"
         )
+
+
+def _num_layers(config: Any) -> int:
+    """Layers of the decoder; `num_hidden_layers` of an encoder-decoder model are its encoder's."""
+    names = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
+    found = (getattr(config, name, None) for name in names)
+    return int(next((number for number in found if number is not None), config.num_hidden_layers))
 
 
 def _windows(config: object) -> dict[str, int | None]:

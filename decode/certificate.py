@@ -15,8 +15,8 @@ from decode.acceptance.greedy import Greedy
 from decode.decoder import SpeculativeDecoder
 from decode.drafters.none import NoDrafter
 from decode.int8.linear import is_int8
+from decode.processors import decoder_prompt
 from decode.protocols import Drafter
-from decode.requests import Request
 from decode.sampling import SamplingParams
 from decode.target import Target
 
@@ -99,13 +99,14 @@ def certify(
     Args:
         target: the model.
         drafter: any.
-        prompts: token ids; with their outputs they must fit the context.
+        prompts: token ids; with their outputs they must fit the context. Of an encoder-decoder
+            target these are the sources.
         max_new_tokens: tokens per output.
         ignore_eos: go on past EOS.
     """
     sampling = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos)
     requests = [
-        Request(id=f"prompt {number}", prompt=list(prompt), sampling=sampling)
+        target.request(list(prompt), id=f"prompt {number}", sampling=sampling)
         for number, prompt in enumerate(prompts)
     ]
     results = SpeculativeDecoder(target, drafter, Greedy()).generate(requests)
@@ -113,13 +114,13 @@ def certify(
     plain = SpeculativeDecoder(target, NoDrafter(), Greedy())
     num_tokens = 0
     mismatches = []
-    for request, result in zip(requests, results, strict=True):
+    for request, prompt, result in zip(requests, prompts, results, strict=True):
         if in_int8:
             own = plain.generate([request])[0].tokens
         else:
-            own = greedy_output(target.model, request.prompt, max_new_tokens, ignore_eos=ignore_eos)
+            own = greedy_output(target.model, prompt, max_new_tokens, ignore_eos=ignore_eos)
         num_tokens += len(own)
-        mismatch = compare(target.model, request.id, request.prompt, own, result.tokens)
+        mismatch = compare(target.model, request.id, prompt, own, result.tokens)
         if mismatch is not None:
             mismatches.append(mismatch)
     reference = "the int8 target's own without drafts" if in_int8 else "transformers' own"
@@ -130,21 +131,24 @@ def certify(
 def greedy_output(
     model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int, *, ignore_eos: bool = False
 ) -> list[int]:
-    """The output of transformers' `generate`, EOS included."""
+    """The output of transformers' `generate`, EOS included; `prompt` may be a source."""
     ids = torch.tensor([list(prompt)], device=model.device)
+    before = decoder_prompt(model)  # some of which `generate` counts as new
+    num_forced = max(0, len(before) - 1)
     eos = None if ignore_eos else model.generation_config.eos_token_id
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens + num_forced,
         do_sample=False,
+        num_beams=1,
         temperature=None,
         top_p=None,
         top_k=None,
         eos_token_id=eos,
         pad_token_id=0,
     )
-    tokens: list[int] = output[0, len(prompt) :].tolist()
+    tokens: list[int] = output[0, len(before or prompt) :].tolist()
     return tokens
 
 
@@ -156,7 +160,10 @@ def compare(
     expected: Sequence[int],
     found: Sequence[int],
 ) -> Mismatch | None:
-    """Where `found` leaves `expected`, the target's own output; None where it does not."""
+    """Where `found` leaves `expected`, the target's own output; None where it does not.
+
+    Both begin behind `prompt`, or of an encoder-decoder model are made of it.
+    """
     agreed = 0
     shorter = min(len(expected), len(found))
     while agreed < shorter and expected[agreed] == found[agreed]:
@@ -165,8 +172,13 @@ def compare(
         return None
     own = expected[agreed] if agreed < len(expected) else None
     other = found[agreed] if agreed < len(found) else None
-    ids = torch.tensor([[*prompt, *expected[:agreed]]], device=model.device)
-    logits = model(input_ids=ids).logits[0, -1].float()
+    before = decoder_prompt(model)
+    text = torch.tensor([[*(before or prompt), *expected[:agreed]]], device=model.device)
+    inputs = {"input_ids": text}
+    if before:
+        source = torch.tensor([list(prompt)], device=model.device)
+        inputs = {"input_ids": source, "decoder_input_ids": text}
+    logits = model(**inputs).logits[0, -1].float()
     best = logits.topk(2).values
     gap = float("inf")
     if own is not None and other is not None:

@@ -133,7 +133,8 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
     length = min(target.max_length, drafter.max_length) - longest - 1
     start = max(1, min(128, length))
     for model in (target, drafter):
-        model.forward([0], torch.zeros(1, start, dtype=torch.long, device=model.device), keep=[])
+        tokens = torch.zeros(1, start, dtype=torch.long, device=model.device)
+        model.forward([0], tokens, keep=[], encoded=model.encode([tokens[0]]))
         model.cache.truncate([0], [0])
         model.cache.commit([0], [start])
     try:
@@ -145,7 +146,7 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
                 timed[k].append(_seconds(target, k + 1))
     finally:
         for model in (target, drafter):
-            model.cache.release(0)
+            model.release(0)
     medians = [statistics.median(seconds) for seconds in timed]
     draft, wide = medians[-2:]
     read = max(0.0, wide - draft) / max(1, longest)

@@ -219,23 +219,15 @@ class SpeculativeDecoder:
             else:
                 at_leaf = paths[row][count] not in parents[row][: num_nodes[row]]
             sequence.steps.append(StepTrace(drafted, at_leaf, tried[row], count, kept))
-            self._extend(sequence, new)
-            if reason is None and len(sequence.output) >= sequence.limit:
+            if reason is None and len(sequence.output) + kept >= sequence.limit:
                 reason = "length"
+            if reason == "length" and self.target.forced_eos is not None:
+                new[-1] = self.target.forced_eos
+            self._extend(sequence, new)
             if reason is not None:
                 sequence.finish_reason = reason
                 batch.has_finished = True
-            if acceptance.expected_accepted is not None:
-                last = int(acceptance.path[row, count]) + 1 if is_cut else None
-                sequence.expected_accepted += float(acceptance.expected_accepted[row, :last].sum())
-            if sequence.sampling.top_logprobs:
-                logits = output.logits[row, acceptance.path[row, :kept]]
-                sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
-            if output.hidden:
-                nodes = acceptance.path[row, :kept]
-                sequence.hidden = {
-                    layer: states[row, nodes] for layer, states in output.hidden.items()
-                }
+            self._keep(sequence, row, kept, acceptance, output)
         if not is_any_cut:
             return acceptance
         device = draft.tokens.device
@@ -243,6 +235,22 @@ class SpeculativeDecoder:
             num_accepted=torch.tensor(counts, device=device),
             num_tried=torch.tensor(tried, device=device),
         )
+
+    def _keep(
+        self, sequence: _Sequence, row: int, kept: int, acceptance: Acceptance, output: ModelOutput
+    ) -> None:
+        """Keep what is wanted of a step besides its `kept` tokens."""
+        expected = acceptance.expected_accepted
+        if expected is not None:
+            is_cut = kept <= int(acceptance.num_accepted[row])
+            last = int(acceptance.path[row, kept]) + 1 if is_cut else None
+            sequence.expected_accepted += float(expected[row, :last].sum())
+        if sequence.sampling.top_logprobs:
+            logits = output.logits[row, acceptance.path[row, :kept]]
+            sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
+        if output.hidden:
+            nodes = acceptance.path[row, :kept]
+            sequence.hidden = {layer: states[row, nodes] for layer, states in output.hidden.items()}
 
     def _extend(self, sequence: _Sequence, new: list[int]) -> None:
         """Append `new` tokens to the output and the text."""
@@ -265,9 +273,8 @@ class SpeculativeDecoder:
             request = next(waiting, None)
             if request is None:
                 break
-            if len(request.prompt) == 0:
-                raise ValueError(f"request {request.id!r} has an empty prompt; it needs a token")
-            room = self.target.max_length - len(request.prompt)
+            request = self.target.complete(request)
+            room = self.target.room(request)
             if room < 1:
                 yield GenerationResult(request.id, [], "context", GenerationStats(), [])
                 continue
@@ -300,9 +307,10 @@ class SpeculativeDecoder:
         """Which prompts begin as another slot's text does: slot -> (that slot, tokens to copy).
 
         The other one was there before, or enters now and reads its prompt itself. Of drafters that
-        want the states of every token each prompt is read whole.
+        want the states of every token each prompt is read whole, and that of an encoder-decoder
+        model too: its keys hang on the source.
         """
-        if self.drafter.hidden_layers:
+        if self.drafter.hidden_layers or self.target.is_encoder_decoder:
             return {}
         newcomers = {sequence.slot for sequence in entering}
         sources = [sequence for sequence in self._active if sequence.slot not in newcomers]
@@ -336,7 +344,12 @@ class SpeculativeDecoder:
         started = self._now()
         prompts = [self._tokens[s.slot, : s.length].clone() for s in sequences]
         batch = _Batch(sequences, self._tokens)
-        output, before = self.target.prefill(batch.slots, prompts, self.drafter.hidden_layers)
+        output, before = self.target.prefill(
+            batch.slots,
+            prompts,
+            self.drafter.hidden_layers,
+            sources=[sequence.request.source for sequence in sequences],
+        )
         for sequence, prompt, hidden in zip(sequences, prompts, before, strict=True):
             if len(sequence.request.material):
                 self.drafter.consult(sequence.slot, sequence.request.material)

@@ -12,19 +12,22 @@ from decode.stats import GenerationStats, StepTrace
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt to continue.
+    """A prompt to continue, or a source to make an output of.
 
     Attributes:
         id: names the result, and with `seed` fixes the draws.
-        prompt: token ids, at least one.
+        prompt: token ids, at least one. Of encoder-decoder models it is what the decoder begins
+            with, by default the model's own start token; it is no part of the output.
+        source: token ids that the encoder of an encoder-decoder model reads; others have none.
         sampling: how to generate.
         seed: the run's seed.
         material: token ids of a text that the output is likely to copy from, besides the prompt.
-            Drafters read it, the target does not.
+            Drafters read it, the target does not. The source is, unless something else is given.
     """
 
     id: str
-    prompt: Sequence[int]
+    prompt: Sequence[int] = ()
+    source: Sequence[int] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     material: Sequence[int] = ()
@@ -69,7 +72,7 @@ class GenerationResult:
         request_id: of the request.
         tokens: output ids, EOS included where it was produced.
         finish_reason: "eos", "stop" (a stop string), "length" (the output limit or the context's
-            end), or "context" (the prompt itself leaves no room: nothing was generated).
+            end), or "context" (prompt or source leave no room: nothing was generated).
         stats: counts and seconds of this request.
         steps: one entry per target forward, the prompt's own first.
         top_logprobs: where the sampling parameters asked for them.

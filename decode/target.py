@@ -1,6 +1,8 @@
 """The target: the model whose output must be preserved, and its cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,24 +11,29 @@ from transformers import PreTrainedModel
 
 from decode.cached_model import CachedModel, ModelOutput, refuse_unsupported
 from decode.draft import Draft
+from decode.processors import (
+    banned_tokens,
+    decoder_prompt,
+    eos_token_ids,
+    forced_eos,
+    refuse_processors,
+    repetition_penalty,
+)
 from decode.protocols import Acceptance
+from decode.requests import Request
 
 PREFILL_CHUNK = 512
-NEUTRAL_PROCESSORS = {
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-}
 
 
 class Target:
-    """A transformers causal LM that prefills, verifies and commits; weights stay as they are."""
+    """A transformers model that prefills, verifies and commits; its weights stay as they are.
+
+    Attributes:
+        is_encoder_decoder: it reads a source besides the text it continues.
+        sources: slot -> the source of the sequence there.
+        forced_eos: the last token of an output that reaches its limit, where the generation config
+            names one.
+    """
 
     def __init__(
         self, model: PreTrainedModel, *, max_batch_size: int = 8, max_length: int | None = None
@@ -34,9 +41,11 @@ class Target:
         """Wrap `model` for up to `max_batch_size` sequences at a time.
 
         Args:
-            model: any transformers causal LM whose layers are attention.
+            model: any transformers causal LM whose layers are attention, or an encoder-decoder
+                model of a known family.
             max_batch_size: slots of the cache.
-            max_length: tokens per sequence, prompt included; the model's context by default.
+            max_length: tokens per sequence, prompt included; the model's context by default. Of an
+                encoder-decoder model these are the decoder's.
 
         Raises:
             ValueError: the model cannot be decoded by this runtime, or its generation config asks
@@ -51,15 +60,77 @@ class Target:
         self.max_length = self.cached.max_length
         self.vocab_size = self.cached.vocab_size
         self.device = self.cached.device
-        self.eos_token_ids = _eos_token_ids(model)
-        self.repetition_penalty = _repetition_penalty(model)
+        self.eos_token_ids = eos_token_ids(model)
+        self.repetition_penalty = repetition_penalty(model)
+        self.forced_eos = forced_eos(model)
+        banned = banned_tokens(model)
+        self._banned = None if banned is None else torch.tensor(banned, device=self.device)
+        self.is_encoder_decoder: bool = model.config.is_encoder_decoder
+        self.sources: dict[int, Tensor] = {}
+
+    def request(self, text: Sequence[int], **others: Any) -> Request:
+        """A request to continue `text`, or of an encoder-decoder model to make an output of it."""
+        if self.is_encoder_decoder:
+            return Request(source=text, **others)
+        return Request(prompt=text, **others)
+
+    def decoder_prompt(self, given: Sequence[int] = ()) -> list[int]:
+        """What an encoder-decoder model's output is written behind; nothing of other models."""
+        return decoder_prompt(self.model, given)
+
+    def complete(self, request: Request) -> Request:
+        """The request with what it leaves to an encoder-decoder model.
+
+        That is the decoder's prompt: the start token, and behind a prompt of one token the BOS that
+        is forced. And the material of drafters: the source, where source and output share a
+        vocabulary.
+
+        Raises:
+            ValueError: the request has no prompt, or a source where none is read, or none where it
+                must be.
+        """
+        name = type(self.model).__name__
+        if not self.is_encoder_decoder:
+            if len(request.source):
+                raise ValueError(
+                    f"request {request.id!r} has a source, but {name} has no encoder; "
+                    "put the text into its prompt"
+                )
+            if len(request.prompt) == 0:
+                raise ValueError(f"request {request.id!r} has an empty prompt; it needs a token")
+            return request
+        if len(request.source) == 0:
+            raise ValueError(
+                f"request {request.id!r} has no source, which the encoder of {name} reads: "
+                "Request(source=...)"
+            )
+        prompt = self.decoder_prompt(request.prompt)
+        is_shared = getattr(self.model.config, "share_encoder_decoder_embeddings", True)
+        material = request.material
+        if len(material) == 0 and is_shared:
+            material = request.source
+        return replace(request, prompt=prompt, material=material)
+
+    def room(self, request: Request) -> int:
+        """How many tokens the output of a complete request may have; 0 if its texts do not fit."""
+        reader = self.cached.encoder_decoder
+        longest = None if reader is None else reader.max_source_length
+        if longest is not None and len(request.source) > longest:
+            return 0
+        return max(0, self.max_length - len(request.prompt))
 
     def prefill(
-        self, slots: Sequence[int], prompts: Sequence[Tensor], layers: tuple[int, ...] = ()
+        self,
+        slots: Sequence[int],
+        prompts: Sequence[Tensor],
+        layers: tuple[int, ...] = (),
+        *,
+        sources: Sequence[Sequence[int]] = (),
     ) -> tuple[ModelOutput, list[dict[int, Tensor]]]:
         """Read the prompts. Their last tokens are roots: read too, but not committed.
 
-        Of a prompt whose slot holds its beginning already (`share`), the rest is read.
+        Of a prompt whose slot holds its beginning already (`share`), the rest is read. An encoder
+        reads the sources before.
 
         Returns:
             the output at the roots, as `verify` would give it for drafts of the root alone; and for
@@ -67,6 +138,11 @@ class Target:
         """
         lengths = self.cached.cache.lengths
         prompts = [prompt[lengths[slot] :] for slot, prompt in zip(slots, prompts, strict=True)]
+        encoded = None
+        if self.is_encoder_decoder:
+            texts = [torch.tensor(list(source), dtype=torch.long) for source in sources]
+            self.sources.update(zip(slots, texts, strict=True))
+            encoded = self.cached.encode(texts)
         counts = [len(prompt) for prompt in prompts]
         padded = pad_sequence(list(prompts), batch_first=True).to(self.device)
         states: list[dict[int, list[Tensor]]] = [{layer: [] for layer in layers} for _ in prompts]
@@ -77,7 +153,10 @@ class Target:
             ending = [row for row, count in enumerate(counts) if 0 < count - begin <= fed[row]]
             places = sorted({fed[row] - 1 for row in ending})
             kept = [count - (row in ending) for row, count in enumerate(fed)]
-            output = self.cached.forward(slots, chunk, layers=layers, keep=places, commit=kept)
+            output = self.cached.forward(
+                slots, chunk, layers=layers, keep=places, commit=kept, encoded=encoded
+            )
+            encoded = None  # its keys and values are in the slots
             for row, count in enumerate(fed):
                 for layer in layers:
                     states[row][layer].append(output.hidden[layer][row, :count])
@@ -87,7 +166,7 @@ class Target:
         at_root = {layer: torch.stack([row[layer][-1:] for row in read]) for layer in layers}
         logits = torch.stack([rows[row] for row in range(len(prompts))])[:, None]
         before = [{layer: tokens[:-1] for layer, tokens in row.items()} for row in read]
-        return ModelOutput(logits, at_root), before
+        return self._allowed(ModelOutput(logits, at_root)), before
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Let the free `slot` begin with the first `length` tokens that `source` has read."""
@@ -102,7 +181,7 @@ class Target:
             ValueError: a node's token is none of the target's (on a GPU the driver stops instead).
         """
         try:
-            return self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
+            output = self.cached.forward(slots, draft.tokens, tree=draft, layers=layers)
         except IndexError as error:
             unknown = draft.tokens[(draft.tokens < 0) | (draft.tokens >= self.vocab_size)]
             if len(unknown) == 0:
@@ -111,6 +190,7 @@ class Target:
                 f"the drafter proposed token {int(unknown[0])}; the target has the tokens 0 to "
                 f"{self.vocab_size - 1}"
             ) from error
+        return self._allowed(output)
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""
@@ -119,44 +199,17 @@ class Target:
 
     def release(self, slot: int) -> None:
         """The sequence in `slot` is finished."""
-        self.cached.cache.release(slot)
+        self.cached.release(slot)
+        self.sources.pop(slot, None)
 
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, Sequence) else frozenset([eos])
+    def _allowed(self, output: ModelOutput) -> ModelOutput:
+        """The output, without the tokens that are never written."""
+        if self._banned is None:
+            return output
+        return output._replace(logits=output.logits.index_fill(-1, self._banned, -torch.inf))
 
 
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ValueError, in one sentence, for a model that this runtime cannot decode exactly."""
     refuse_unsupported(model)
-    _refuse_processors(model)
-
-
-def _repetition_penalty(model: PreTrainedModel) -> float:
-    config = model.generation_config
-    penalty = getattr(config, "repetition_penalty", None) if config else None
-    return 1.0 if penalty is None else float(penalty)
-
-
-def _refuse_processors(model: PreTrainedModel) -> None:
-    """Raise ValueError for logits processors that would be left out: that changes the output."""
-    settings: Mapping[str, object] = (
-        model.generation_config.to_dict() if model.generation_config else {}
-    )
-    active = [
-        name
-        for name, neutral in NEUTRAL_PROCESSORS.items()
-        if settings.get(name) not in (None, neutral)
-    ]
-    if active:
-        raise ValueError(
-            f"the generation config of {model.config._name_or_path or type(model).__name__} asks "
-            f"for {', '.join(f'{name}={settings[name]!r}' for name in active)}, which this runtime "
-            f"does not apply; to decode without, take it out of generation_config.json, or set "
-            f"model.generation_config.{active[0]} = None"
-        )
+    refuse_processors(model)

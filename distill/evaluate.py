@@ -19,7 +19,6 @@ from decode import (
     Exactness,
     GenerationResult,
     GenerationStats,
-    Request,
     SamplingParams,
     SpeculativeDecoder,
     StepRecord,
@@ -127,11 +126,15 @@ class Evaluate:
             return report
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        target = self.target.load(may_be_quantized=True)
+        target = self.target.load(may_be_quantized=True, may_have_encoder=True)
         lay_out_for_decoding(target.model)
         prompts = self._load_prompts(target)
-        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
-        wrapped = Target(target.model, max_batch_size=self.batch_size, max_length=longest)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        wrapped = Target(
+            target.model,
+            max_batch_size=self.batch_size,
+            max_length=target.cache_length(longest, self.sampling.max_new_tokens),
+        )
         loaded = self._load_drafters(target, wrapped, folders)
         certificates = self._certify(wrapped, loaded, prompts) if self.certify else {}
         modes = self._modes(target, wrapped, loaded)
@@ -196,10 +199,9 @@ class Evaluate:
 
     def _load_prompts(self, target: LoadedTarget) -> list[Prompt]:
         """The prompts whose output fits the context: one cut off there is nobody's measure."""
-        room = target.model.config.get_text_config().max_position_embeddings
-        room -= self.sampling.max_new_tokens
         loaded = self.prompts.load(target.tokenizer)
-        prompts = [prompt for prompt in loaded if len(prompt.ids) <= room]
+        longest = self.sampling.max_new_tokens
+        prompts = [prompt for prompt in loaded if target.fits(len(prompt.ids), longest)]
         if len(prompts) < len(loaded):
             left_out = len(loaded) - len(prompts)
             print(f"{left_out} prompts are left out: with their output they exceed the context")
@@ -272,7 +274,7 @@ class Evaluate:
     ) -> dict[str, Mode]:
         modes: dict[str, Mode] = {AUTOREGRESSIVE: self._ours(target, wrapped, NoDrafter())}
         if self._why_not_theirs() is None:
-            modes[TRANSFORMERS] = self._theirs(target)
+            modes[TRANSFORMERS] = self._theirs(target, wrapped)
         for name, drafter in drafters.items():
             modes[name] = self._ours(target, wrapped, drafter)
         return modes
@@ -290,12 +292,8 @@ class Evaluate:
 
         def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
             requests = [
-                Request(
-                    id=p.id,
-                    prompt=p.ids,
-                    sampling=self.sampling,
-                    seed=self.seed,
-                    material=p.material,
+                wrapped.request(
+                    p.ids, id=p.id, sampling=self.sampling, seed=self.seed, material=p.material
                 )
                 for p in prompts
             ]
@@ -336,14 +334,16 @@ class Evaluate:
             return "not timed: batch_size is above 1"
         return "not timed: there are stop strings" if self.sampling.stop else None
 
-    def _theirs(self, target: LoadedTarget) -> Mode:
+    def _theirs(self, target: LoadedTarget, wrapped: Target) -> Mode:
         """The `generate` of transformers, with the same sampling."""
         params, model = self.sampling, target.model
         eos = None if params.ignore_eos else model.generation_config.eos_token_id
         is_sampling = params.temperature > 0
+        begins = wrapped.decoder_prompt()  # a forced token counts as new there
         config = GenerationConfig(
-            max_new_tokens=params.max_new_tokens,
+            max_new_tokens=params.max_new_tokens + max(0, len(begins) - 1),
             do_sample=is_sampling,
+            num_beams=1,
             temperature=params.temperature if is_sampling else None,
             top_k=params.top_k if is_sampling else None,
             top_p=params.top_p if is_sampling else None,
@@ -362,7 +362,7 @@ class Evaluate:
                 output = model.generate(
                     ids, attention_mask=torch.ones_like(ids), generation_config=config
                 )
-            tokens = output[0, ids.shape[1] :].tolist()
+            tokens = output[0, len(begins) or ids.shape[1] :].tolist()
             seconds = time.perf_counter() - started
             return [
                 GenerationResult(prompts[0].id, tokens, "length", GenerationStats(), [])

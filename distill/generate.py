@@ -63,18 +63,17 @@ class Generate:
             return rows
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        target = self.target.load()
+        target = self.target.load(may_have_encoder=True)
         lay_out_for_decoding(target.model)
         prompts = self.prompts.load(target.tokenizer)
-        context = target.model.config.get_text_config().max_position_embeddings
-        longest = max(len(prompt.ids) for prompt in prompts) + self.sampling.max_new_tokens
+        longest = max(len(prompt.ids) for prompt in prompts)
         template = target.tokenizer.chat_template or ""
         teacher = LocalTeacher(
             target,
             self.sampling,
             seed=self.seed,
             batch_size=self.batch_size,
-            max_length=min(longest, context),
+            max_length=target.cache_length(longest, self.sampling.max_new_tokens),
             template=hashlib.sha256(str(template).encode()).hexdigest()[:16],
         )
         store = RowStore(rows)

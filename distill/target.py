@@ -1,4 +1,4 @@
-"""The target as a setting: any transformers causal LM, or the one that ships with the package."""
+"""The target as a setting: any transformers language model, or the one that ships with it all."""
 
 import enum
 import hashlib
@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,7 +43,7 @@ class LoadedTarget:
     """A target in memory.
 
     Attributes:
-        model: the causal LM, in evaluation mode.
+        model: the language model, in evaluation mode.
         tokenizer: its tokenizer.
         path: what the user called it.
         fingerprint: content hash of configuration and weights: row keys and drafter checkpoints
@@ -53,6 +54,27 @@ class LoadedTarget:
     tokenizer: PreTrainedTokenizerBase
     path: str
     fingerprint: str
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts are sources that an encoder reads."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    def fits(self, prompt_length: int, max_new_tokens: int) -> bool:
+        """Whether a prompt, or a source, and an output of full length are within the context."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return True
+        if self.is_encoder_decoder:
+            longest = max(prompt_length, self.cache_length(prompt_length, max_new_tokens))
+            return longest <= int(context)
+        return prompt_length + max_new_tokens <= int(context)
+
+    def cache_length(self, prompt_length: int, max_new_tokens: int) -> int:
+        """Positions of a cache for the longest prompt; a source takes none of them."""
+        if self.is_encoder_decoder:
+            prompt_length = 2  # the start token, and a forced one
+        return prompt_length + max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +124,19 @@ class TargetSettings:
                 "give target.path a folder that holds tokenizer files, or a hub id",
             ) from error
 
-    def load(self, *, may_be_quantized: bool = False) -> LoadedTarget:
+    def load(
+        self, *, may_be_quantized: bool = False, may_have_encoder: bool = False
+    ) -> LoadedTarget:
         """Model and tokenizer.
 
         The fingerprint is that of the weights as stored: a drafter of theirs is one in int8 too.
 
+        Args:
+            may_be_quantized: it is only decoded with.
+            may_have_encoder: an encoder-decoder model will do too.
+
         Raises:
-            UserError: nothing is there, it is not a causal LM, the device is not, or it is to be
+            UserError: nothing is there, it is no such model, the device is not, or it is to be
                 quantised where it may not or cannot be.
         """
         is_quantized = self.quantization is not Quantization.none
@@ -127,15 +155,22 @@ class TargetSettings:
                 self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
             architectures = config.architectures or []
-            if config.is_encoder_decoder or (
-                architectures and not any(is_causal_lm(name) for name in architectures)
-            ):
+            name = ", ".join(architectures) or type(config).__name__
+            if config.is_encoder_decoder and not may_have_encoder:
                 raise UserError(
-                    f"{', '.join(architectures) or type(config).__name__} is not a causal LM",
+                    f"{name} is an encoder-decoder model, for which no drafters are trained",
                     self.location,
-                    "choose a decoder-only language model as target.path",
+                    "choose a decoder-only language model as target.path; `draftsmith evaluate` "
+                    "and `generate` take encoder-decoder models",
                 )
-            model = AutoModelForCausalLM.from_pretrained(
+            if architectures and not any(is_language_model(name) for name in architectures):
+                raise UserError(
+                    f"{name} is not a language model that generates",
+                    self.location,
+                    "choose one with a language-model head as target.path",
+                )
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_pretrained(
                 self.location,
                 revision=self.revision,
                 dtype=self.dtype.value,
@@ -177,9 +212,11 @@ class TargetSettings:
             raise UserError("the target's folder does not exist", folder, "check target.path")
 
 
-def is_causal_lm(architecture: str) -> bool:
-    """Whether transformers' class name is that of a decoder with a language-model head."""
-    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+def is_language_model(architecture: str) -> bool:
+    """Whether transformers' class name is that of a model with a language-model head."""
+    return architecture.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -168,14 +168,7 @@ def replay(drafter: Drafter, pairs: Ids) -> list[tuple[int, int, int]]:
 
 def _context(tokens: Sequence[int], room: int) -> Context:
     sampling = SamplingBatch.of([SamplingParams()], [torch.Generator()])
-    return Context(
-        torch.tensor([0]),
-        torch.tensor([tokens]),
-        torch.tensor([len(tokens)]),
-        torch.tensor([room]),
-        {},
-        sampling,
-    )
+    return Context([0], torch.tensor([tokens]), [len(tokens)], [room], {}, sampling)
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +31,8 @@ def load_drafter(
 ) -> Drafter:
     """The drafter stored in `folder`, by the family that its `draftsmith.json` names.
 
-    A folder (or hub id) without that file is a plain transformers causal LM.
+    A folder (or hub id) without that file is a plain transformers causal LM; beside an
+    encoder-decoder target it may be an encoder-decoder model.
 
     Args:
         folder: what `draftsmith train` or `draftsmith export` wrote, or any causal LM.
@@ -63,7 +66,9 @@ def _load_lm(
     try:
         if tokenizer is not None:
             check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(folder))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target.model.dtype)
+        is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=target.model.dtype)
     except Exception as error:
         # transformers and safetensors raise many kinds here; the folder is what the user can mend.
         raise ValueError(f"cannot load a drafter from {folder}: {error}") from error

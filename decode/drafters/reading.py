@@ -13,7 +13,9 @@ from decode.target import Target
 
 
 class Reader:
-    """A causal LM with the target's tokenizer that reads what is committed and what it drafts.
+    """A model with the target's tokenizer that reads what is committed and what it drafts.
+
+    Beside an encoder-decoder target it may be such a model too: it reads the same sources.
 
     Attributes:
         cached: the model and its keys and values.
@@ -31,6 +33,12 @@ class Reader:
         """
         if model.device != target.device:
             raise ValueError(f"the drafter is on {model.device}, the target on {target.device}")
+        if model.config.is_encoder_decoder and not target.is_encoder_decoder:
+            raise ValueError(
+                f"the drafter is an encoder-decoder model, {type(model).__name__}, and needs "
+                f"sources, which {type(target.model).__name__} has none of; choose a causal LM"
+            )
+        self._target = target
         self.cached = CachedModel(
             model.eval(), num_slots=target.max_batch_size, max_length=target.max_length
         )
@@ -40,11 +48,20 @@ class Reader:
         self._surplus = target.vocab_size - self.cached.vocab_size
 
     def begin(self, slot: int, prompt: Tensor) -> None:
-        """Read the prompt [T] but for its last token, which the first draft begins with."""
+        """Read the prompt [T] but for its last token, which the first draft begins with.
+
+        An encoder reads the source before, as much of it as it takes.
+        """
         self.cache.release(slot)
-        if 1 < len(prompt) <= self.cached.max_length:
-            tokens = self._readable(prompt[None, :-1].to(self.device))
-            self.cached.forward([slot], tokens, keep=[], commit=[len(prompt) - 1])
+        num_read = len(prompt) - 1 if len(prompt) <= self.cached.max_length else 0
+        width, encoded = num_read, None
+        if self.cached.encoder_decoder is not None:
+            source = self._target.sources[slot][: self.cached.encoder_decoder.max_source_length]
+            encoded = self.cached.encode([self._readable(source)])
+            width = max(num_read, 1)  # the source comes to the slot with a first forward
+        if width > 0:
+            tokens = self._readable(prompt[None, :width].to(self.device))
+            self.cached.forward([slot], tokens, keep=[], commit=[num_read], encoded=encoded)
 
     def depths(self, context: Context, wanted: Sequence[int]) -> list[int]:
         """How deep the draft of each sequence may be, where it is `wanted` so deep.

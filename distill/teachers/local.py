@@ -61,7 +61,9 @@ class LocalTeacher:
             for prompt, sample in wanted:
                 key = self.key(prompt, sample)
                 running[key] = prompt
-                yield Request(id=key, prompt=prompt.ids, sampling=self.sampling, seed=self.seed)
+                yield self.decoder.target.request(
+                    prompt.ids, id=key, sampling=self.sampling, seed=self.seed
+                )
 
         for result in self.decoder.stream(requests()):
             yield _row(running.pop(result.request_id), result)

@@ -19,8 +19,6 @@ from transformers import (
     MambaForCausalLM,
     MptConfig,
     MptForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from decode import (
@@ -431,13 +429,6 @@ def test_top_logprobs_stop_with_the_output(tiny, distinct):
 def test_a_model_that_keeps_recurrent_state_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(ValueError, match="MambaForCausalLM keeps state that cannot be rolled back"):
-        Target(model, max_length=32)
-
-
-def test_an_encoder_decoder_is_refused():
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=97, **shape))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         Target(model, max_length=32)
 
 
