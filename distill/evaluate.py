@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from decode import (
     AcceptanceRule,
@@ -340,28 +339,27 @@ class Evaluate:
         eos = None if params.ignore_eos else model.generation_config.eos_token_id
         is_sampling = params.temperature > 0
         begins = wrapped.decoder_prompt()  # a forced token counts as new there
-        config = GenerationConfig(
-            max_new_tokens=params.max_new_tokens + max(0, len(begins) - 1),
-            do_sample=is_sampling,
-            num_beams=1,
-            temperature=params.temperature if is_sampling else None,
-            top_k=params.top_k if is_sampling else None,
-            top_p=params.top_p if is_sampling else None,
-            min_p=params.min_p if is_sampling and params.min_p else None,
-            repetition_penalty=params.repetition_penalty
+        # Not as a GenerationConfig: what is None there is filled in from the model's own.
+        settings = {
+            "max_new_tokens": params.max_new_tokens + max(0, len(begins) - 1),
+            "do_sample": is_sampling,
+            "num_beams": 1,
+            "temperature": params.temperature if is_sampling else None,
+            "top_k": params.top_k if is_sampling else None,
+            "top_p": params.top_p if is_sampling else None,
+            "min_p": params.min_p if is_sampling and params.min_p else None,
+            "repetition_penalty": params.repetition_penalty
             or model.generation_config.repetition_penalty,
-            eos_token_id=eos,
-            pad_token_id=0,
-        )
+            "eos_token_id": eos,
+            "pad_token_id": 0,
+        }
 
         def run(prompts: Sequence[Prompt]) -> tuple[list[GenerationResult], float]:
             ids = torch.tensor([prompts[0].ids], device=model.device)
             torch.manual_seed(self.seed)
             started = time.perf_counter()
             with torch.inference_mode():
-                output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config
-                )
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
             tokens = output[0, len(begins) or ids.shape[1] :].tolist()
             seconds = time.perf_counter() - started
             return [

@@ -347,3 +347,17 @@ def test_too_few_prompts_and_other_weights_are_refused(folders: Path, tmp_path: 
     save_model(drafter, 0.03)
     with pytest.raises(UserError, match=r"weights\.mine"):
         evaluation(folders, tmp_path / "run", drafters={"mine": str(drafter)}).run()
+
+
+def test_transformers_goes_past_eos_where_we_do(folders: Path, tmp_path: Path) -> None:
+    evaluation(folders, tmp_path / "first").run()
+    (first, *_) = read_journal(tmp_path / "first" / "measurements.jsonl")
+    target = save_model(tmp_path / "target", 0.0)
+    config = json.loads((target / "generation_config.json").read_text())
+    config["eos_token_id"] = first.outputs[0].tokens[4]  # from here on every output may hold it
+    (target / "generation_config.json").write_text(json.dumps(config))
+    settings = TargetSettings(path=str(target))
+    evaluation(folders, tmp_path / "second", target=settings).run()
+    found = read_journal(tmp_path / "second" / "measurements.jsonl")
+    assert "transformers" in {m.mode for m in found}
+    assert {len(output.tokens) for m in found for output in m.outputs} == {20}
