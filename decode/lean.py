@@ -24,6 +24,7 @@ from transformers import (
 
 from decode.cache import SlotCache
 from decode.layout import is_transposed, multiply_packed, packed, side_by_side
+from decode.models.trimmed import TrimmedHead, trimmed_head
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}  # the angle hangs on the place alone
@@ -92,6 +93,7 @@ class LeanForward:
         attention = backbone.layers[0].self_attn
         self.embeddings = backbone.embed_tokens.weight
         self.head = Projection.of(model.lm_head)
+        self.trimmed = trimmed_head(model)
         self.norm = backbone.norm.weight
         self.eps: float = backbone.norm.variance_epsilon
         self.scaling: float = attention.scaling
@@ -156,6 +158,8 @@ class LeanForward:
         if layers:
             hidden[len(self.layers)] = states
         logits = self.head(states if keep is None else states[:, list(keep)])
+        if self.trimmed is not None:
+            logits = self.trimmed.spread(logits)
         return logits, {layer: hidden[layer] for layer in layers}
 
     def _attention(
@@ -221,10 +225,11 @@ def _is_known(model: PreTrainedModel) -> bool:
 def _is_changed(module: nn.Module) -> bool:
     """Whether a module is not as shipped: an adapter, quantised, hooked or patched."""
     home = type(module).__module__
+    is_shipped = type(module) is TrimmedHead or home.startswith(
+        ("transformers.models.", "torch.nn.modules.", "transformers.activations")
+    )
     return (
-        not home.startswith(
-            ("transformers.models.", "torch.nn.modules.", "transformers.activations")
-        )
+        not is_shipped
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or "forward" in vars(module)
     )

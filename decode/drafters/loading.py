@@ -4,15 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from decode.drafters.drafting import Chains, Drafting
 from decode.models.heads_folder import SETTINGS as HEADS
 from decode.models.heads_folder import load_heads
+from decode.models.trimmed import load_lm
 from decode.protocols import Drafter
 from decode.target import Target
 from decode.tokenizers import check_tokenizers
@@ -60,7 +57,7 @@ def _load_lm(
     try:
         if tokenizer is not None:
             check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(folder))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target.model.dtype)
+        model = load_lm(folder, dtype=target.model.dtype)
     except Exception as error:
         # transformers and safetensors raise many kinds here; the folder is what the user can mend.
         raise ValueError(f"cannot load a drafter from {folder}: {error}") from error

@@ -6,6 +6,7 @@ from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
 from decode.models.medusa import Medusa
+from decode.models.trimmed import TrimmedHead, load_lm, trim, trimmed_head
 
 __all__ = [
     "Blockwise",
@@ -16,6 +17,10 @@ __all__ = [
     "Medusa",
     "ScratchLM",
     "TargetLayersLM",
+    "TrimmedHead",
     "load_heads",
+    "load_lm",
     "save_heads",
+    "trim",
+    "trimmed_head",
 ]
