@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from decode.models.trimmed import TrimmedHead
+
 ROWS_HINT = 8  # rows that packing expects; other numbers work as well
 SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -89,7 +91,7 @@ def groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
             if len(group) == len(names):
                 yield group
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, TrimmedHead):
             yield [module]
 
 

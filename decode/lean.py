@@ -24,6 +24,7 @@ from transformers import (
 
 from decode.cache import SlotCache
 from decode.layout import is_transposed, multiply_packed, packed, side_by_side
+from decode.models.trimmed import TrimmedHead, trimmed_head
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}  # the angle hangs on the place alone
@@ -160,6 +161,7 @@ class LeanForward:
         """Head and layers."""
         backbone: Any = model.base_model
         self.head = Projection.of(model.lm_head)
+        self.trimmed = trimmed_head(model)
         self.layers: Sequence[Any] = [_layer_of(layer) for layer in backbone.layers]
 
     def _heads_of(
@@ -211,7 +213,8 @@ class LeanForward:
         return self._rms_norm(states, self.norm)
 
     def _logits_of(self, states: Tensor) -> Tensor:
-        return self.head(states)
+        logits = self.head(states)
+        return logits if self.trimmed is None else self.trimmed.spread(logits)
 
     def _rms_norm(self, states: Tensor, weight: Tensor) -> Tensor:
         """Over the last dimension; in half precision rounded where transformers rounds."""
@@ -241,15 +244,11 @@ def is_known(model: PreTrainedModel) -> bool:
 def _is_changed(module: nn.Module) -> bool:
     """Whether a module is not as shipped: an adapter, quantised, hooked or patched."""
     home = type(module).__module__
+    is_shipped = type(module) is TrimmedHead or home.startswith(
+        ("transformers.models.", "torch.nn.modules.", "transformers.activations", "decode.int8.")
+    )
     return (
-        not home.startswith(
-            (
-                "transformers.models.",
-                "torch.nn.modules.",
-                "transformers.activations",
-                "decode.int8.",
-            )
-        )
+        not is_shipped
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or "forward" in vars(module)
     )

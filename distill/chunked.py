@@ -151,8 +151,8 @@ class _Chunks:
                     chunk,
                     logits,
                     [
-                        Compared.at(law, drafted, temperature)
-                        for law, drafted in zip(laws, logits, strict=True)
+                        Compared.at(law, drafted, temperature, head.kept)
+                        for law, drafted, (_, head) in zip(laws, logits, self._plain, strict=True)
                     ],
                 )
 
@@ -164,7 +164,7 @@ class _Chunks:
         weight, bias = self._in(head.weight, dtype), self._in(head.bias, dtype)
         hidden = self._in(states.hidden, dtype)
         assert hidden is not None
-        return hidden, Head(weight, bias, head.softcap)
+        return hidden, Head(weight, bias, head.softcap, head.kept)
 
     def _in(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Cast once, however many depths share it."""
@@ -235,8 +235,11 @@ def _chunk_size(aligned: Aligned) -> int:
     )
     per_place = 0
     for depth in aligned.depths:
-        weight = depth.states.head.weight
-        per_place += depth.states.hidden.shape[1] if weight is None else weight.shape[0]
+        head = depth.states.head
+        if head.kept is not None:  # the target's logits are as many as ever
+            per_place += len(head.kept.places)
+        else:
+            per_place += depth.states.hidden.shape[1] if head.weight is None else len(head.weight)
     return max(elements // per_place, 16)
 
 

@@ -67,6 +67,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("model_free", "rest", "decode.drafters.Rest"),
     ("drafter", "lm_from_target", "decode.models.TargetLayersLM"),
     ("drafter", "lm_from_checkpoint", "decode.models.CheckpointLM"),
+    ("drafter", "lm_pruned", "decode.models.PrunedLM"),
     ("drafter", "medusa", "decode.models.Medusa"),
     ("drafter", "hydra", "decode.models.Hydra"),
     ("drafter", "blockwise", "decode.models.Blockwise"),

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from decode.models import load_heads, save_heads
+from decode.models import load_heads, load_lm, save_heads, trimmed_head
 from distill.config import command
 from distill.drafter_folder import DESCRIPTION, check_target, find_drafter, read_description
 from distill.errors import UserError
@@ -29,6 +29,8 @@ from distill.target import Dtype, LoadedTarget, TargetSettings, first_line
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a drafter as `assistant_model=` of transformers, vLLM and SGLang load it.
+
+    One whose head is trimmed is for `decode.models.load_lm`, and heads are for `load_drafter`.
 
     Attributes:
         checkpoint: a run of `draftsmith train`, or a model folder.
@@ -74,19 +76,23 @@ class Export:
     ) -> str:
         model = _load(source, self.dtype).to(target.model.device)
         target_size = target.model.config.get_text_config().vocab_size
-        match_vocabulary(model, target_size)
         prompts = [prompt.ids for prompt in self.prompts.load(target.tokenizer)]
-        mass, wins = padded_mass(model, target.tokenizer, prompts)
-        if wins or mass > 0.01:
-            raise UserError(
-                f"ids that the tokenizer does not have take up to {mass:.1%} of the drafter's "
-                "probability",
-                source,
-                "train it on more of the target's output first",
-            )
+        head = trimmed_head(model)
+        if head is None:  # serving engines do not load the other kind anyway
+            match_vocabulary(model, target_size)
+            mass, wins = padded_mass(model, target.tokenizer, prompts)
+            if wins or mass > 0.01:
+                raise UserError(
+                    f"ids that the tokenizer does not have take up to {mass:.1%} of the drafter's "
+                    "probability",
+                    source,
+                    "train it on more of the target's output first",
+                )
         self._write(
             target,
-            description | {"family": "lm"} | self._facts(target, model.parameters()),
+            description
+            | {"family": "lm"}
+            | self._facts(target, model.parameters(), None if head is None else head.out_features),
             save=model.save_pretrained,
             check=lambda folder: check_reload(model, folder, prompts),
         )
@@ -107,7 +113,10 @@ class Export:
         return "weights equal after reload"
 
     def _facts(
-        self, target: LoadedTarget, parameters: Iterable[torch.nn.Parameter]
+        self,
+        target: LoadedTarget,
+        parameters: Iterable[torch.nn.Parameter],
+        num_kept_ids: int | None = None,
     ) -> dict[str, Any]:
         """What the description says of an exported drafter."""
         parameters = list(parameters)
@@ -120,6 +129,7 @@ class Export:
                 "parameters": sum(parameter.numel() for parameter in parameters),
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 "draft_length": self.draft_length,
+                **({} if num_kept_ids is None else {"num_kept_ids": num_kept_ids}),
             },
         }
 
@@ -166,7 +176,8 @@ def measured_in_training(description: Mapping[str, Any]) -> str:
 
 def _load(folder: str, dtype: Dtype) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value)
+        name = dtype.value
+        model = load_lm(folder, dtype=name if name == "auto" else getattr(torch, name))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load the drafter: {first_line(error)}", folder) from error
     with torch.no_grad():

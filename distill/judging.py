@@ -40,9 +40,9 @@ def judged(
     is_real, is_kept = _stacked(valid, labels).to(dtype), _stacked(kept, labels).to(dtype)  # [K, T]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     rates: dict[str, list[Tensor]] = {}
-    for number, (compared, truth) in enumerate(zip(depths, labels, strict=True)):
+    for number, compared in enumerate(depths):
         suffix = f"_{number + 1}" if len(depths) > 1 else ""
-        told = _rates(compared) if objective.needs_target else _hits(compared, truth)
+        told = _rates(compared) if objective.needs_target else _hits(compared)
         for name, rate in told.items():
             rate = rate * is_real[number]
             metrics[_numbered(name, suffix)] = (rate.sum(), is_real[number].sum())
@@ -85,10 +85,11 @@ def _rates(compared: Compared) -> dict[str, Tensor]:
     both = torch.minimum(target, draft)
     if lumped is None:
         greedy = target.gather(-1, drafted)[:, 0]
-        agreed = (greedy == target.amax(-1)).to(greedy.dtype)
+        peak = target.amax(-1) if compared.peak is None else compared.peak
+        agreed = (greedy == peak).to(greedy.dtype)
         return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
     known = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
-    likeliest = lumped.ids.gather(-1, target[:, :-1].argmax(-1, keepdim=True))
+    likeliest = lumped.ids.gather(-1, lumped.logprobs.argmax(-1, keepdim=True))
     return {
         "alpha_lower": both[:, :-1].sum(-1),
         "alpha_upper": both.sum(-1),
@@ -97,7 +98,8 @@ def _rates(compared: Compared) -> dict[str, Tensor]:
     }
 
 
-def _hits(compared: Compared, labels: Tensor) -> dict[str, Tensor]:
-    """Where the likeliest token is the label, [T]."""
-    drafted = compared.token_probs.argmax(-1)
+def _hits(compared: Compared) -> dict[str, Tensor]:
+    """Where the likeliest token is the label, [T], of which alone the law is certain."""
+    assert compared.lumped is not None
+    drafted, labels = compared.token_probs.argmax(-1), compared.lumped.ids[:, 0]
     return {"accuracy": (drafted == labels).to(compared.token_probs.dtype)}

@@ -5,14 +5,19 @@ the others are lumped into one outcome, for the drafter too: a divergence over t
 is a lower bound of the one over all tokens (lumping loses what distinguishes the lumped), and so
 Σ min over the k <= α <= Σ min over the k + 1.
 
-Shape legend: T places, V vocabulary, k stored tokens, O outcomes (V, or k + 1 with the tail last).
+A drafter whose head covers only some ids has q = 0 on the others. These are no outcomes: the sums
+go over the kept ids, with the target's probabilities as they are among all, never renormalised.
+
+Shape legend: T places, V vocabulary, K kept ids, k stored tokens, O outcomes (V, or K, or k + 1
+with the tail last).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FLOOR = -1e3  # stands for log 0, so that 0·log 0 is 0 and no infinity meets another
 
@@ -69,6 +74,26 @@ TargetLaw = FullLaw | TopLaw
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The ids that a trimmed head covers.
+
+    Attributes:
+        ids: [K], ascending.
+        places: [V] where each id stands among them; K for those that are not kept.
+    """
+
+    ids: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(ids: Tensor, vocab_size: int) -> "Kept":
+        """These `ids` [K] of `vocab_size`."""
+        places = torch.full((vocab_size,), len(ids), device=ids.device)
+        places[ids] = torch.arange(len(ids), device=ids.device)
+        return Kept(ids, places)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcomes:
     """One side's distribution over the outcomes.
 
@@ -105,6 +130,9 @@ class Compared:
         lumped: the law whose tokens the outcomes are, or None where every token is one.
         token_probs: [T, V] the drafter's, all tokens apart.
         temperature: of both.
+        outside: [T] what the target gives to tokens that a trimmed head lacks, as far as they are
+            known; None where the head has all. Else tokens are places among the kept.
+        peak: [T] the target's largest probability of all tokens, where the outcomes may lack it.
     """
 
     target: Outcomes
@@ -112,16 +140,23 @@ class Compared:
     lumped: TopLaw | None
     token_probs: Tensor
     temperature: float
+    outside: Tensor | None = None
+    peak: Tensor | None = None
 
     @staticmethod
-    def at(law: TargetLaw, draft_logits: Tensor, temperature: float) -> "Compared":
+    def at(
+        law: TargetLaw, draft_logits: Tensor, temperature: float, kept: Kept | None = None
+    ) -> "Compared":
         """Compare the drafter's logits [T, V] with what the target says, both at a temperature.
 
         Where the two are padded to different vocabularies, ids that only one of them has stand for
-        no token and are left out.
+        no token and are left out. With a trimmed head the drafter's logits are those of its `kept`
+        ids [T, K].
         """
         if isinstance(law, TopLaw):
-            return _lumped(law, draft_logits, temperature)
+            return _lumped(law, draft_logits, temperature, kept)
+        if kept is not None:
+            return _trimmed(law, draft_logits, temperature, kept)
         width = min(law.logits.shape[-1], draft_logits.shape[-1])
         target_logits, draft_logits = law.logits[:, :width], draft_logits[:, :width]
         if temperature != 1:  # a pass over [T, V] each, so only where it changes something
@@ -142,8 +177,16 @@ class Compared:
         known = torch.zeros_like(target).scatter_(-1, ids, self.target.probs[:, :-1])
         logprobs = self.token_probs.log().clamp_(min=FLOOR)
         logprobs.scatter_(-1, ids, self.draft.logprobs[:, :-1])  # exact also where q underflows
-        draft = Outcomes(logprobs, self.token_probs)
-        return Compared(Outcomes(target, known), draft, None, self.token_probs, self.temperature)
+        width = -1 if self.outside is not None else None  # the ids that are not kept stand last
+        target, known, logprobs = target[:, :width], known[:, :width], logprobs[:, :width]
+        probs = self.token_probs[:, :width]
+        return replace(
+            self,
+            target=Outcomes(target, known),
+            draft=Outcomes(logprobs, probs),
+            lumped=None,
+            token_probs=probs,
+        )
 
     def logit_gradient(self, slope: Tensor) -> Tensor:
         """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].
@@ -151,12 +194,16 @@ class Compared:
         With ``log q = z - log Σ exp z`` it is ``s - q Σ s``; of what the tail gets each of its
         tokens has its share q_j / q_tail. `slope` is overwritten.
         """
+        if self.lumped is not None and self.outside is not None:  # what lacks a logit has no slope
+            slope[:, :-1].masked_fill_(self.lumped.ids == self.token_probs.shape[-1] - 1, 0)
         total = slope.sum(-1, keepdim=True)
         gradient = slope.addcmul_(self.draft.probs, total, value=-1)
         if self.lumped is not None:
             tail = self.draft.probs[:, -1:].clamp(min=torch.finfo(slope.dtype).tiny)
             of_tokens = self.token_probs * (gradient[:, -1:] / tail)
             gradient = of_tokens.scatter_(-1, self.lumped.ids, gradient[:, :-1])
+            if self.outside is not None:
+                gradient = gradient[:, :-1]
         return gradient if self.temperature == 1 else gradient.div_(self.temperature)
 
 
@@ -166,15 +213,37 @@ def point_mass(labels: Tensor) -> TopLaw:
     return TopLaw(labels[:, None], certain, certain[:, 0])
 
 
-def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float) -> Compared:
+def _trimmed(law: FullLaw, draft_logits: Tensor, temperature: float, kept: Kept) -> Compared:
+    """Over the kept ids; the target's probabilities are those among all."""
+    logits = law.logits[:, : len(kept.places)]
+    if temperature != 1:
+        logits, draft_logits = logits / temperature, draft_logits / temperature
+    probs = logits.softmax(-1)
+    logprobs = (logits[:, kept.ids] - log_sum(logits, probs)).clamp_(min=FLOOR)
+    target = Outcomes(logprobs, probs[:, kept.ids])
+    draft = Outcomes.of(draft_logits)
+    outside = (1 - target.probs.sum(-1)).clamp_(min=0)
+    return Compared(target, draft, None, draft.probs, temperature, outside, probs.amax(-1))
+
+
+def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float, kept: Kept | None) -> Compared:
     if temperature != 1:
         raise ValueError(
             f"stored log-probabilities are the target's at temperature 1, not {temperature}; "
             "let the target run beside the drafter (teacher=live)"
         )
+    if kept is not None:
+        # All ids that are not kept are one more, impossible token: the last.
+        law = TopLaw(kept.places[law.ids], law.logprobs, law.tail_mass)
+        draft_logits = functional.pad(draft_logits, (0, 1), value=-torch.inf)
     tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
     target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)
     target_logprobs = target_logprobs.to(draft_logits.dtype).clamp_(min=FLOOR)
+    outside = None
+    if kept is not None:
+        is_outside = law.ids == len(kept.ids)
+        outside = (law.logprobs.exp() * is_outside).sum(-1).to(draft_logits.dtype)
+        target_logprobs[:, :-1].masked_fill_(is_outside, FLOOR)
     token_probs = draft_logits.softmax(-1)
     normaliser = log_sum(draft_logits, token_probs)
     probs = token_probs.gather(-1, law.ids)
@@ -187,4 +256,5 @@ def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float) -> Compared:
         law,
         token_probs,
         temperature,
+        outside,
     )

@@ -7,6 +7,7 @@ tokens of the whole batch over all processes.
 Shape legend: K depths of a draft, T places, O outcomes (all tokens, or a stored top-k and a tail).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -148,7 +149,8 @@ class JensenShannon(Pointwise):
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """JSD(β)."""
-        return divergences.jensen_shannon(compared.target, compared.draft, self.beta)
+        value, slope = divergences.jensen_shannon(compared.target, compared.draft, self.beta)
+        return _with_outside(value, compared, -self.beta * math.log(self.beta)), slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,8 @@ class SkewedForwardKL(Pointwise):
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """KL(p || m)."""
-        return divergences.skewed_forward_kl(compared.target, compared.draft, self.skew)
+        value, slope = divergences.skewed_forward_kl(compared.target, compared.draft, self.skew)
+        return _with_outside(value, compared, -math.log(self.skew)), slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +321,11 @@ class AdaSPEC(ForwardKL):
         """Refuse fractions that keep nothing."""
         ForwardKL.__post_init__(self)
         _check(fraction=(self.fraction, 0 < self.fraction <= 1, "in (0, 1]"))
+
+
+def _with_outside(value: Tensor, compared: Compared, cost: float) -> Tensor:
+    """Value [T] and what the target's tokens outside a trimmed head add, where q = 0: p · cost."""
+    return value if compared.outside is None else value + compared.outside * cost
 
 
 def _check(**settings: tuple[float, bool, str]) -> None:

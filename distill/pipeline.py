@@ -19,10 +19,11 @@ from distill.prompts import PromptSettings, StandardLibraryPrompts
 from distill.regimes import TrainingData, with_rows
 from distill.report.figures import load_results
 from distill.run_folder import content_hash, write_json
+from distill.shrinking import DrafterSettings
 from distill.store import RowStore
 from distill.target import TargetSettings
 from distill.tracking import NoTracker, Tracker
-from distill.train import DrafterSettings, Train
+from distill.train import Train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distill.laws import FullLaw
+from distill.laws import FullLaw, Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,13 @@ class Head:
         weight: [V, D], or None where the states are logits already.
         bias: [V] or None.
         softcap: of Gemma 2; None for none.
+        kept: which ids the V are, where the head is trimmed; None is all.
     """
 
     weight: Tensor | None
     bias: Tensor | None = None
     softcap: float | None = None
+    kept: Kept | None = None
 
     def detach(self, dtype: torch.dtype) -> "Head":
         """The same projection without gradients, its matrices in `dtype`."""
@@ -32,7 +34,7 @@ class Head:
             None if parameter is None else parameter.detach().to(dtype)
             for parameter in (self.weight, self.bias)
         )
-        return Head(weight, bias, self.softcap)
+        return Head(weight, bias, self.softcap, self.kept)
 
     def project(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V], the cap not applied yet."""

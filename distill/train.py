@@ -25,7 +25,7 @@ from decode import (
     tokenizer_hash,
 )
 from decode.drafters import Chains
-from decode.models import CheckpointLM, Heads, HeadsCheckpoint
+from decode.models import CheckpointLM, Heads, HeadsCheckpoint, PrunedLM
 from distill.alignment import Teacher
 from distill.alignment.lm import LiveTarget
 from distill.batches import BatchStream, Example, Pool
@@ -59,6 +59,7 @@ from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.regimes import TrainingData, pools_of
 from distill.run_folder import RunFolder, content_hash, describe, environment
 from distill.selection import TokenSelection
+from distill.shrinking import DrafterSettings, VocabularySettings, begun, in_words
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
 from distill.teachers.stored import LiveTeacher, StoredTeacher
 from distill.tracking import NoTracker, Tracker
@@ -67,14 +68,6 @@ DRAFTER = "drafter"
 WRITTEN = "written"  # by writers, while training
 LONGEST_WAIT = timedelta(hours=4)  # of the other processes, while the main one measures
 INDIFFERENT = ("num_threads", "keep_checkpoints", "log_every")
-
-
-class DrafterSettings(Protocol):
-    """Where a drafter begins."""
-
-    def build(self, target: PreTrainedModel) -> nn.Module:
-        """The model, of one of the families; ValueError where it cannot be made for this target."""
-        ...
 
 
 class TeacherSettings(Protocol):
@@ -94,6 +87,7 @@ class Train:
     Attributes:
         target: whose output it learns to predict.
         drafter: where it begins.
+        vocabulary: which ids a language model drafts; None is all.
         objective: what is minimised.
         teacher: where the target's distribution comes from, for objectives that ask.
         depth_weights: how much each token of a draft counts, where several are predicted at once.
@@ -114,6 +108,7 @@ class Train:
 
     target: TargetSettings = field(default_factory=TargetSettings)
     drafter: DrafterSettings
+    vocabulary: VocabularySettings | None = None
     objective: Objective
     teacher: TeacherSettings = field(default_factory=LiveTeacher)
     depth_weights: DepthWeights = field(default_factory=Uniform)
@@ -141,7 +136,7 @@ class Train:
         target.model.to(accelerator.device)
         held_out, pools = self._split(target)
         examples = [example for pool in pools for example in pool.examples]
-        drafter = self._drafter(target, examples)
+        drafter, kept = self._drafter(target, examples)
         reference = self._reference(target)
         self._check_writers(pools, drafter)
         settings = self._settings(target, drafter, reference, examples, held_out)
@@ -154,6 +149,8 @@ class Train:
                 print(f"{self.output} is finished: {finished}{_measured(summary)}")
             return finished
 
+        if kept and accelerator.is_main_process:
+            print(in_words(kept))
         torch.manual_seed(self.seed)
         trained, adapted = drafter, None
         if self.lora and isinstance(drafter, Heads):
@@ -178,7 +175,7 @@ class Train:
             result.best.state()  # refuses a damaged one
             result.best.restore_model(trained)
             merged = None if adapted is None else adapted.merge_and_unload()
-            description = self._describe(target, drafter, examples, held_out, result)
+            description = self._describe(target, drafter, kept, examples, held_out, result)
             with_target = merged if trained is not drafter else None
             write_drafter(finished, drafter, target.tokenizer, description, with_target)
             folder.finish({**description["measured"], "best_step": result.best.step})
@@ -273,25 +270,27 @@ class Train:
                 )
         return held_out, kept
 
-    def _drafter(self, target: LoadedTarget, examples: Sequence[Example]) -> nn.Module:
-        """The drafter before training, if it fits target, data and objective."""
+    def _drafter(
+        self, target: LoadedTarget, examples: Sequence[Example]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The drafter before training, if it fits target, data and objective; and what it kept."""
         where, begin = None, self.drafter
         if isinstance(begin, HeadsCheckpoint):
             begin = replace(begin, path=find_drafter(begin.path))
             check_target(read_description(begin.path), begin.path, target)
             where = begin.path
         try:
-            if isinstance(begin, CheckpointLM):
+            if isinstance(begin, CheckpointLM | PrunedLM) and begin.path is not None:
                 where = begin.path
                 tokenizer = AutoTokenizer.from_pretrained(where, revision=begin.revision)
                 check_tokenizers(target.tokenizer, tokenizer)
-            drafter = begin.build(target.model)
+            drafter, kept = begun(begin, self.vocabulary, target, examples)
         except (ValueError, OSError) as error:
             raise UserError(first_line(error), where, "choose another drafter") from error
         self._check_sizes(drafter, target, where)
         if isinstance(drafter, Heads) and drafter.one_at_a_time:
             self._check_one_at_a_time()
-        return drafter
+        return drafter, kept
 
     def _check_one_at_a_time(self) -> None:
         """Refuse what compares the heads of a draft, of which only one is there."""
@@ -420,6 +419,7 @@ class Train:
         self,
         target: LoadedTarget,
         drafter: nn.Module,
+        kept: dict[str, Any],
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
         result: TrainingSummary,
@@ -431,6 +431,7 @@ class Train:
             "target_fingerprint": target.fingerprint,
             "tokenizer_hash": tokenizer_hash(target.tokenizer),
             "drafter": describe(self.drafter),
+            **({"kept": kept} if kept else {}),
             "objective": describe(self.objective),
             "data": describe(self.data),
             "data_hash": _data_hash(examples),

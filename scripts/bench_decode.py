@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from decode import (
     Drafter,
@@ -44,6 +44,7 @@ from decode import (
 from decode.cached_model import CachedModel
 from decode.drafters import LMDrafter, NoDrafter
 from decode.int8.tiles import is_available
+from decode.models import load_lm
 from distill.prompts import StandardLibraryPrompts
 
 Mode = Callable[[list[int]], list[int]]
@@ -103,7 +104,7 @@ class Forwards:
 
 def load(folder: str) -> PreTrainedModel:
     """A model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_lm(folder, dtype=torch.float32).eval()
 
 
 def load_for_decoding(folder: str) -> PreTrainedModel:

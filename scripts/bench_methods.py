@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from decode import (
     AcceptanceRule,
@@ -63,6 +63,7 @@ from decode.drafters import (
     SuffixDrafts,
     TokenRecycling,
 )
+from decode.models import load_lm
 from distill.progress import Progress
 from distill.prompts import StandardLibraryPrompts
 from distill.report.bootstrap import Interval, ratio, ratio_of_ratios, resamples
@@ -161,7 +162,7 @@ class Run:
 
 def load(folder: str) -> PreTrainedModel:
     """A model in float32, laid out for decoding."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_lm(folder, dtype=torch.float32).eval()
     lay_out_for_decoding(model)
     return model
 

@@ -28,7 +28,7 @@ from decode import (
 )
 from decode.calibration import acceptance_by_depth, acceptance_profile
 from decode.drafters import NoDrafter
-from decode.models import load_heads
+from decode.models import load_heads, load_lm
 from distill.drafter_folder import read_description
 from distill.prompts import StandardLibraryPrompts
 from distill.run_folder import write_text
@@ -66,7 +66,7 @@ def main() -> None:
     texts = [(ids, result.tokens) for ids, result in zip(prompts, results, strict=True)]
     profile: list[float] | list[list[float]]
     if family == "lm":
-        drafter = AutoModelForCausalLM.from_pretrained(args.drafter, dtype=torch.float32).eval()
+        drafter = load_lm(args.drafter, dtype=torch.float32).eval()
         flat = acceptance_profile(
             target,
             drafter,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -17,6 +16,7 @@ from decode.drafters.drafting import Chains, Drafting
 from decode.int8.linear import is_int8, quantize_int8
 from decode.models.heads_folder import SETTINGS as HEADS
 from decode.models.heads_folder import load_heads
+from decode.models.trimmed import load_lm
 from decode.protocols import Drafter
 from decode.target import Target
 from decode.tokenizers import check_tokenizers
@@ -67,8 +67,8 @@ def _load_lm(
         if tokenizer is not None:
             check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(folder))
         is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(folder, dtype=target.model.dtype)
+        load = AutoModelForSeq2SeqLM.from_pretrained if is_encoder_decoder else load_lm
+        model = load(folder, dtype=target.model.dtype)
     except Exception as error:
         # transformers and safetensors raise many kinds here; the folder is what the user can mend.
         raise ValueError(f"cannot load a drafter from {folder}: {error}") from error

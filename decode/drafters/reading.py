@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from decode.cached_model import CachedModel
 from decode.draft import Draft
+from decode.models.trimmed import trimmed_head
 from decode.protocols import Context
 from decode.target import Target
 
@@ -19,7 +20,7 @@ class Reader:
 
     Attributes:
         cached: the model and its keys and values.
-        num_choices: how many ids both the model and the target have.
+        num_choices: how many ids both the model's head and the target have.
     """
 
     def __init__(self, model: PreTrainedModel, *, target: Target):
@@ -44,7 +45,9 @@ class Reader:
         )
         self.cache = self.cached.cache
         self.device = target.device
-        self.num_choices = min(target.vocab_size, self.cached.vocab_size)
+        head = trimmed_head(model)
+        num_ids = self.cached.vocab_size if head is None else head.out_features
+        self.num_choices = min(target.vocab_size, num_ids)
         self._surplus = target.vocab_size - self.cached.vocab_size
 
     def begin(self, slot: int, prompt: Tensor) -> None:

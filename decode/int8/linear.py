@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from decode.int8 import kernels, tiles
 from decode.layout import groups, side_by_side
 from decode.lean import is_known
+from decode.models.trimmed import trimmed_head
 
 
 class Matrix:
@@ -185,6 +186,8 @@ def _refuse_others(model: PreTrainedModel) -> None:
         raise ValueError(
             f"int8 is for unchanged Llama, Mistral, Qwen2 and Qwen3 models; {name} is none of them"
         )
+    if trimmed_head(model) is not None:
+        raise ValueError(f"int8 is for whole heads; that of this {name} covers some ids only")
     for path, linear in model.named_modules():
         if isinstance(linear, nn.Linear):
             is_head = linear is model.get_output_embeddings()

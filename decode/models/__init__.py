@@ -6,6 +6,8 @@ from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
 from decode.models.medusa import Medusa
+from decode.models.pruned import Pruned, PrunedLM
+from decode.models.trimmed import TrimmedHead, load_lm, trim, trimmed_head
 
 __all__ = [
     "Blockwise",
@@ -14,8 +16,14 @@ __all__ = [
     "HeadsCheckpoint",
     "Hydra",
     "Medusa",
+    "Pruned",
+    "PrunedLM",
     "ScratchLM",
     "TargetLayersLM",
+    "TrimmedHead",
     "load_heads",
+    "load_lm",
     "save_heads",
+    "trim",
+    "trimmed_head",
 ]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from decode.models.trimmed import load_lm
 
 HEAD_SIZE = 64
 
@@ -93,8 +95,7 @@ class TargetLayersLM:
         if self.num_layers > total:
             raise ValueError(f"the target has {total} layers, num_layers={self.num_layers} of them")
         prefix = _layer_list(target, total)
-        last = max(self.num_layers - 1, 1)
-        chosen = [round(place * (total - 1) / last) for place in range(self.num_layers)]
+        chosen = evenly_chosen(total, self.num_layers)
 
         config = copy.deepcopy(target.config)
         text = config.get_text_config()
@@ -137,14 +138,16 @@ class CheckpointLM:
             ValueError: it cannot be read as a causal LM; the message says why.
         """
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, revision=self.revision, dtype=torch.float32
-            )
+            return load_lm(self.path, revision=self.revision, dtype=torch.float32)
         except Exception as error:  # transformers and safetensors raise many kinds here
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"cannot load a drafter from {self.path}: {reason}") from error
-        assert isinstance(model, PreTrainedModel)
-        return model
+
+
+def evenly_chosen(total: int, count: int) -> list[int]:
+    """Which `count` of `total` layers are kept: first and last, and evenly between them."""
+    last = max(count - 1, 1)
+    return [round(place * (total - 1) / last) for place in range(count)]
 
 
 def _layer_list(target: PreTrainedModel, total: int) -> str:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from decode.models import TrimmedHead
 from distill.alignment import Aligned, Depth
 from distill.batches import Batch
+from distill.laws import Kept
 from distill.states import Head, States, compute_dtype
 
 
@@ -104,7 +106,7 @@ class LiveTarget:
 
 
 class PlainHead:
-    """A language-model head that is a linear layer, perhaps soft-capped."""
+    """A language-model head that is a linear layer, perhaps soft-capped, or trimmed to some ids."""
 
     def __init__(self, linear: nn.Linear, softcap: float | None):
         """See `of`."""
@@ -113,14 +115,17 @@ class PlainHead:
 
     def head(self) -> Head:
         """The projection with the weights of now."""
-        return Head(self.linear.weight, self.linear.bias, self.softcap)
+        kept = None
+        if isinstance(self.linear, TrimmedHead):
+            kept = Kept.of(self.linear.ids, self.linear.vocab_size)
+        return Head(self.linear.weight, self.linear.bias, self.softcap, kept)
 
     @staticmethod
     @torch.no_grad()
     def of(model: PreTrainedModel) -> "PlainHead | None":
         """The head of `model`, tried on a few tokens; None where it is something else."""
         linear = model.get_output_embeddings()
-        if type(linear) is not nn.Linear or model.base_model is model:
+        if type(linear) not in (nn.Linear, TrimmedHead) or model.base_model is model:
             return None
         config = model.config.get_text_config()
         plain = PlainHead(linear, getattr(config, "final_logit_softcapping", None))
@@ -130,6 +135,8 @@ class PlainHead:
         logits = model(input_ids=tokens, use_cache=False).logits[0]
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         model.train(was_training)
+        if isinstance(linear, TrimmedHead):
+            logits = logits[:, linear.ids]
         ours = plain.head().cap(plain.head().project(hidden))
         tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
         same = ours.shape == logits.shape and torch.allclose(

@@ -48,6 +48,24 @@ vllm serve {target} --speculative-config \\
 draftsmith evaluate target.path={target} drafters.mine={folder}
 ```"""
 
+WHAT_TRIMMED = """\
+An independent draft model for speculative decoding with the target `{target}`, trained by
+[Draftsmith](https://pypi.org/project/draftsmith/). It reads the target's {vocab_size:,} ids and
+drafts {num_kept_ids:,} of them: its head has a row for each of these only. Transformers and vLLM
+know no such head and refuse the folder; the loader below gives a transformers model.
+{parameters:,} parameters ({dtype})."""
+
+USE_TRIMMED = """\
+```python
+from decode.models import load_lm
+
+target.generate(**inputs, assistant_model=load_lm("{folder}"))
+```
+
+```sh
+draftsmith evaluate target.path={target} drafters.mine={folder}
+```"""
+
 WHAT_HEADS = """\
 Decoding heads ({family}) for the target `{target}`, trained by
 [Draftsmith](https://pypi.org/project/draftsmith/). They read the target's own last hidden state and
@@ -81,12 +99,17 @@ def model_card(description: Mapping[str, Any], measured: str) -> str:
     )
     export = description["export"]
     family = description["family"]
-    what, use = (WHAT_LM, USE_LM) if family == "lm" else (WHAT_HEADS, USE_HEADS)
+    if family != "lm":
+        what, use = WHAT_HEADS, USE_HEADS
+    elif "num_kept_ids" in export:
+        what, use = WHAT_TRIMMED, USE_TRIMMED
+    else:
+        what, use = WHAT_LM, USE_LM
     known = {
         "family": family,
         "target": description["target"],
         "folder": export["name"],
-        **{name: export[name] for name in ("vocab_size", "parameters", "dtype", "draft_length")},
+        **export,
     }
     return CARD.format(
         library="transformers" if family == "lm" else "draftsmith",

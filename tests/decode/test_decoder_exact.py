@@ -6,6 +6,7 @@ test_losslessness.py.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from decode import (
 from decode.acceptance import RecursiveRejection
 from decode.draft_length import Confidence, Heuristic
 from decode.drafters import Chains, DynamicTrees, ExpansionTrees, LMDrafter
-from decode.models import Blockwise, Hydra, Medusa
+from decode.models import Blockwise, Hydra, Medusa, trim
 from decode.sampling import warp
 
 V, EOS, LENGTH = 5, 4, 4
@@ -175,6 +176,47 @@ def test_the_decoder_is_lossless_where_drafts_differ_in_length(g_test, tiny, per
 
     counts = decoded(model, drafter, params, [1, 3], 20_000)
     assert g_test(counts, enumerated(model, params, [1, 3])) > PASSES
+
+
+@pytest.mark.parametrize(
+    ("drafting", "rule"),
+    [
+        (Chains(length=2), None),
+        (ExpansionTrees(counts=(2, 2), children="independent"), None),
+        (ExpansionTrees(counts=(2, 1), children="distinct"), RecursiveRejection()),
+    ],
+    ids=["chain", "independent", "distinct"],
+)
+def test_the_decoder_is_lossless_with_a_trimmed_head(g_test, tiny, perturbed, drafting, rule):
+    """The drafter never drafts tokens 1 and 3, which the target writes."""
+    model = tiny("llama", **(TINY | {"max_position_embeddings": 32}))
+    drafter = trim(perturbed(model, 0.5), [0, 2, EOS])
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+    counts = decoded(model, lambda t: drafting.build(drafter, t), params, [1, 3], 6_000, rule)
+    law = enumerated(model, params, [1, 3])
+    assert sum(chance for output, chance in law.items() if {1, 3} & set(output)) > 0.2
+    assert g_test(counts, law) > PASSES / 3  # as many cases
+
+
+def test_a_law_that_is_not_zero_outside_a_trimmed_head_is_found(g_test, tiny, perturbed):
+    """What the test before would say of a drafter that claims the law of its whole head."""
+
+    class Claiming(LMDrafter):
+        def propose(self, context: Context) -> Draft:
+            draft = super().propose(context)
+            if draft.probs is None:  # no room for a draft
+                return draft
+            return replace(draft, probs=0.6 * draft.probs + 0.4 / V)
+
+    model = tiny("llama", **TINY)
+    drafter = trim(perturbed(model, 0.5), [0, 2, EOS])
+    params = SamplingParams(temperature=1.0, max_new_tokens=LENGTH)
+
+    def claiming(target: Target) -> Drafter:
+        return Claiming(drafter, target=target, draft_length=2)
+
+    counts = decoded(model, claiming, params, [1, 3], 6_000)
+    assert g_test(counts, enumerated(model, params, [1, 3])) < FAILS
 
 
 @pytest.mark.parametrize("settings", [Medusa(num_heads=2), Hydra(num_heads=2), Blockwise()])

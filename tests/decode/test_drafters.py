@@ -29,6 +29,7 @@ from decode.drafters import (
     NoDrafter,
     load_drafter,
 )
+from decode.models import trim
 from decode.sampling import generator_for, warp
 
 GREEDY = SamplingParams()
@@ -119,6 +120,7 @@ def makers(tiny, perturbed) -> dict[str, Make]:
         return lambda target: LMTreeDrafter(drafter_model, target=target, shape=shape)
 
     near, paths = perturbed(model), LikeliestPaths(width=3, depth=4, size=9)
+    half = trim(near, range(0, 97, 2))
     sparse = TreePlan((0, 0, 1, 1, 2, 4), (0, 1, 0, 2, 0, 0))
     return {
         "none": lambda target: NoDrafter(),
@@ -128,6 +130,9 @@ def makers(tiny, perturbed) -> dict[str, Make]:
         "lm, fewer tokens": lm(tiny("llama", seed=3, vocab_size=80)),
         "lm, more tokens": lm(tiny("llama", seed=3, vocab_size=120)),
         "lm, shorter context": lm(tiny("llama", seed=3, max_position_embeddings=12)),
+        "lm, trimmed": lm(half),
+        "likeliest paths, trimmed": tree(half, paths),
+        "distinct children, trimmed": tree(half, DistinctChildren(TreePlan.expansion([3, 2, 2]))),
         "likeliest children": tree(near, LikeliestChildren(TreePlan.expansion([3, 2, 1]))),
         "likeliest children, sparse": tree(near, LikeliestChildren(sparse)),
         "likeliest children, chains": tree(near, LikeliestChildren(TreePlan.expansion([1] * 4))),
@@ -165,6 +170,7 @@ DRAFTERS = [
     "lm, fewer tokens",
     "lm, more tokens",
     "lm, shorter context",
+    "lm, trimmed",
     "likeliest children",
     "likeliest children, sparse",
     "likeliest children, chains",
@@ -180,6 +186,8 @@ DRAFTERS = [
     "likeliest paths, learnt positions",
     "likeliest paths, fewer tokens",
     "likeliest paths, shorter context",
+    "likeliest paths, trimmed",
+    "distinct children, trimmed",
 ]
 
 

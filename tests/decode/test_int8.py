@@ -20,6 +20,7 @@ from decode.cached_model import CachedModel
 from decode.drafters import ExpansionTrees, LMDrafter, NoDrafter, load_drafter
 from decode.int8 import tiles
 from decode.int8.linear import Int8Linear, Matrix, is_int8
+from decode.models import trim
 
 pytestmark = pytest.mark.skipif(not tiles.is_available(), reason="needs AVX512-VNNI")
 
@@ -151,6 +152,9 @@ def test_a_small_model_follows_its_target_into_int8_and_heads_are_refused(
     tiny("gpt2").save_pretrained(tmp_path / "other")
     drafter = load_drafter(tmp_path / "other", target=target, draft=3)
     assert drafter.reader.cached.model.dtype == torch.float32
+    trim(exact, range(20)).save_pretrained(tmp_path / "trimmed")
+    drafter = load_drafter(tmp_path / "trimmed", target=target, draft=3)
+    assert not is_int8(drafter.reader.cached.model)
     (tmp_path / "heads").mkdir()
     (tmp_path / "heads" / "draftsmith.json").write_text('{"family": "medusa"}')
     with pytest.raises(ValueError, match="the target's own weights, which are in int8"):
@@ -209,6 +213,7 @@ REFUSED = {
     "half precision": (lambda tiny: tiny("llama").bfloat16(), "LlamaForCausalLM is in bfloat16"),
     "odd sizes": (lambda tiny: tiny("llama", intermediate_size=40), "gate_proj is 32 to 40"),
     "twice": (twice, "in int8 already"),
+    "a trimmed head": (lambda tiny: trim(tiny("llama"), range(20)), "covers some ids only"),
 }
 
 
