@@ -23,6 +23,7 @@ from decode.stopping import Stopping
 from decode.target import Target
 
 SHARED_FROM = 16  # tokens from which to copy a common beginning is worth it
+NO_STATES: dict[int, Tensor] = {}
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class _Batch:
     def __init__(self, sequences: list[_Sequence], tokens: Tensor):
         self.sequences = sequences
         self.has_finished = False  # any of them
+        self.seconds = {"draft": 0.0, "verify": 0.0, "other": 0.0}  # of all steps
         self.slots = [sequence.slot for sequence in sequences]
         self._all_tokens = tokens
         first, last = self.slots[0], self.slots[-1]
@@ -64,9 +66,14 @@ class _Batch:
         )
 
     def tokens(self, longest: int) -> Tensor:
-        """[B, longest] committed tokens; a view, no copy, where the slots are neighbours."""
-        rows = self._all_tokens[self.slots] if self._view is None else self._view
-        return rows.narrow(1, 0, longest)
+        """[B, longest or more] the texts; a view, no copy, where the slots are neighbours."""
+        return self._all_tokens[:, :longest][self.slots] if self._view is None else self._view
+
+    def settle(self) -> None:
+        """Share out what the steps took."""
+        for sequence in self.sequences:
+            for name, seconds in self.seconds.items():
+                sequence.seconds[name] += seconds / len(self.sequences)
 
 
 class SpeculativeDecoder:
@@ -126,6 +133,7 @@ class SpeculativeDecoder:
                         batch = _Batch(self._active, self._tokens)
                         while not batch.has_finished:
                             self._step(batch)
+                        batch.settle()
                 elif not has_entered:
                     return
                 yield from self._retire()
@@ -135,7 +143,6 @@ class SpeculativeDecoder:
             self._active = []
 
     def _step(self, batch: _Batch) -> None:
-        active = batch.sequences
         started = self._now()
         context = self._context(batch)
         ready = self._now()
@@ -145,14 +152,12 @@ class SpeculativeDecoder:
         verified = self._now()
         acceptance = self._conclude(batch, context, draft, output)
         other = self._now() - verified + ready - started
-        for sequence in active:
-            seconds = sequence.seconds
-            seconds["draft"] += (drafted - ready) / len(active)
-            seconds["verify"] += (verified - drafted) / len(active)
-            seconds["other"] += other / len(active)
+        batch.seconds["draft"] += drafted - ready
+        batch.seconds["verify"] += verified - drafted
+        batch.seconds["other"] += other
         if self.on_step is not None:
             spent = {"draft": drafted - ready, "verify": verified - drafted, "other": other}
-            for record in _records(active, context, draft, acceptance, spent):
+            for record in _records(batch.sequences, context, draft, acceptance, spent):
                 self.on_step(record)
 
     def _conclude(
@@ -174,16 +179,19 @@ class SpeculativeDecoder:
             tokens=batch.tokens(max(lengths)),
             lengths=lengths,
             room=[sequence.room - 1 for sequence in batch.sequences],
-            hidden={
-                layer: pad_sequence(
-                    [s.hidden[layer] for s in batch.sequences],
-                    batch_first=True,
-                    padding_side="left",
-                )
-                for layer in self.drafter.hidden_layers
-            },
+            hidden=self._hidden(batch) if self.drafter.hidden_layers else NO_STATES,
             sampling=batch.sampling,
         )
+
+    def _hidden(self, batch: _Batch) -> dict[int, Tensor]:
+        return {
+            layer: pad_sequence(
+                [sequence.hidden[layer] for sequence in batch.sequences],
+                batch_first=True,
+                padding_side="left",
+            )
+            for layer in self.drafter.hidden_layers
+        }
 
     def _advance(
         self, batch: _Batch, draft: Draft, acceptance: Acceptance, output: ModelOutput

@@ -28,10 +28,11 @@ def penalised(logits: Tensor, context: Context, draft: Draft) -> Tensor:
 
 def tokens_seen(context: Context, vocab_size: int) -> Tensor:
     """[B, V] bool: the tokens of each committed text, on the CPU."""
-    places = torch.arange(context.tokens.shape[1])
+    texts = context.tokens[:, : max(context.lengths)]
+    places = torch.arange(texts.shape[1])
     lengths = torch.tensor(context.lengths)[:, None]
     # What lies behind a text counts as its first token.
-    tokens = torch.where(places < lengths, context.tokens, context.tokens[:, :1])
+    tokens = torch.where(places < lengths, texts, texts[:, :1])
     seen = torch.zeros(len(tokens), vocab_size, dtype=torch.bool)
     return seen.scatter_(1, tokens, True)
 

@@ -26,7 +26,8 @@ class Context(NamedTuple):
 
     Attributes:
         slots: B cache slots, of the active sequences.
-        tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1].
+        tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1], and
+            what lies behind it means nothing.
         lengths: B numbers of committed tokens.
         room: B numbers of draft tokens that still fit (context and output length).
         hidden: target layer -> [B, K, D], the states of the tokens committed in the last step but
@@ -45,9 +46,8 @@ class Context(NamedTuple):
     @property
     def roots(self) -> Tensor:
         """[B, 1] the last committed token of each sequence."""
-        batch, width = self.tokens.shape
-        if batch == 1:  # nothing to gather: the tokens end with it
-            return self.tokens.narrow(1, width - 1, 1)
+        if len(self.lengths) == 1:  # nothing to gather
+            return self.tokens.narrow(1, self.lengths[0] - 1, 1)
         return self.tokens.gather(1, torch.tensor(self.lengths)[:, None] - 1)
 
 

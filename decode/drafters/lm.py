@@ -59,7 +59,7 @@ class LMDrafter(Drafter):
         is_greedy = sampling.is_greedy
         if not is_greedy:
             uniforms = sampling.uniforms(counts, reader.device)
-        logits = reader.catch_up(context, slots, counts, commit_roots=True)
+        logits = reader.catch_up(context, roots, counts, commit_roots=True)
         tokens, laws = [roots], []
         are_even = min(counts) == longest
         one_each = [1] * len(slots)

@@ -53,7 +53,7 @@ class LMTreeDrafter(Drafter):
         if max(depths) == 0:
             return Draft.chain(roots)
         # The root is the first node of what is read now, and not committed before the step is over.
-        logits = self.reader.catch_up(context, slots, depths, commit_roots=False)
+        logits = self.reader.catch_up(context, roots, depths, commit_roots=False)
         tree = TreeInCache(self.reader, slots, roots, logits)
         draft, places = harvest(roots, self.shape.grow(tree, depths, context.sampling))
         for slot, depth, row in zip(slots, depths, places.tolist(), strict=True):

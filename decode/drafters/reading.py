@@ -78,7 +78,7 @@ class Reader:
         ]
 
     def catch_up(
-        self, context: Context, slots: list[int], depths: list[int], *, commit_roots: bool
+        self, context: Context, roots: Tensor, depths: list[int], *, commit_roots: bool
     ) -> Tensor:
         """Read the committed tokens that are not cached yet, for sequences with a draft to come.
 
@@ -86,21 +86,23 @@ class Reader:
 
         Args:
             context: of this step.
-            slots: the context's, as a list.
+            roots: [B, 1] the context's, on the model's device.
             depths: as `depths` gives them.
             commit_roots: False where the root is the first of the nodes that the step reads.
 
         Returns:
             [B, 1, V] logits behind the root.
         """
-        lengths = context.lengths
+        slots, lengths = context.slots, context.lengths
         cached = [self.cache.lengths[slot] for slot in slots]
         missing = [
             length - done if depth else 0
             for length, done, depth in zip(lengths, cached, depths, strict=True)
         ]
         width = max(missing)
-        if len(slots) == 1:
+        if width == 1:
+            tokens = roots
+        elif len(slots) == 1:
             tokens = context.tokens.narrow(1, cached[0], width)
         else:
             columns = torch.tensor(cached)[:, None] + torch.arange(width)
