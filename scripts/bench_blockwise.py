@@ -31,9 +31,9 @@ from decode import SamplingParams, Target
 from decode.drafters import load_drafter
 from distill.drafter_folder import check_target, read_description
 from distill.errors import UserError
-from distill.prompts import StandardLibraryPrompts
+from distill.prompts import Prompt, StandardLibraryPrompts
 from distill.runs import Run, check_seeds
-from distill.target import TargetSettings
+from distill.target import LoadedTarget, TargetSettings
 
 BACKBONES = ("frozen", "fine-tuned")
 DATA = {"Text": "text", "SeqKD": "Seq-KD"}
@@ -53,12 +53,11 @@ def cell_of(run: Run) -> Cell:
     return settings["drafter.num_heads"] + 1, backbone, DATA[settings["data.type"]]
 
 
-def counts_of(run: Run, target: str, prompts: int, prompt_tokens: int, new_tokens: int) -> Array:
-    """[2, P] of one run, on its own target."""
-    where = str(run.own_target or target)
-    loaded = TargetSettings(path=where, device="cpu").load()
+def counts_of(run: Run, given: LoadedTarget, prompts: Sequence[Prompt], new_tokens: int) -> Array:
+    """[2, P] of one run, on the target that was trained with it, or on the `given` one."""
+    own = run.own_target
+    loaded = given if own is None else TargetSettings(path=str(own), device="cpu").load()
     check_target(read_description(run.drafter), run.drafter, loaded)
-    source = StandardLibraryPrompts(split="evaluate", limit=prompts, prompt_tokens=prompt_tokens)
     runtime = Target(loaded.model, max_batch_size=BATCH)
     drafter = load_drafter(
         run.drafter,
@@ -66,8 +65,9 @@ def counts_of(run: Run, target: str, prompts: int, prompt_tokens: int, new_token
         draft=run.settings()["drafter.num_heads"],
         tokenizer=loaded.tokenizer,
     )
-    sampling = SamplingParams(max_new_tokens=new_tokens)
-    return count(runtime, drafter, source.load(loaded.tokenizer), sampling)
+    found = count(runtime, drafter, prompts, SamplingParams(max_new_tokens=new_tokens))
+    print(run.folder, flush=True)
+    return found
 
 
 def report(
@@ -143,9 +143,13 @@ def main() -> None:
         for run in sorted(runs, key=Run.seed):
             groups[cell_of(run)].append(run)
         check_seeds({str(where): [run.seed() for run in cell] for where, cell in groups.items()})
-        how = args.target, args.prompts, args.prompt_tokens, args.max_new_tokens
+        given = TargetSettings(path=args.target, device="cpu").load()
+        source = StandardLibraryPrompts(
+            split="evaluate", limit=args.prompts, prompt_tokens=args.prompt_tokens
+        )
+        prompts = source.load(given.tokenizer)
         counts = {
-            where: np.stack([counts_of(run, *how) for run in of_cell])
+            where: np.stack([counts_of(r, given, prompts, args.max_new_tokens) for r in of_cell])
             for where, of_cell in groups.items()
         }
     except UserError as error:
