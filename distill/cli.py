@@ -21,6 +21,7 @@ COMMANDS = {
         "distill.evaluate",
         "measure acceptance and speed of drafters; table and HTML report",
     ),
+    "compare": ("distill.compare", "put the trainings of a sweep on one page: table and curves"),
     "pipeline": ("distill.pipeline", "all of the above in order, each step once"),
     "inspect": ("distill.inspect_rows", "print rows in colour and refuse broken ones"),
 }

@@ -27,10 +27,13 @@ class JointSettings:
 
     Attributes:
         heads_weight: of the heads' loss beside the divergence that holds the target (λ_0).
+        warmup_steps: over which that weight rises linearly from none: heads that know nothing yet
+            would pull the target out of shape (Cai et al. 2024, section 2.2.2).
         target_rate: the adapters' learning rate as a share of the heads'.
     """
 
     heads_weight: float = 0.2
+    warmup_steps: int = 0
     target_rate: float = 0.25
 
     def __post_init__(self) -> None:
@@ -40,6 +43,12 @@ class JointSettings:
                 "heads_weight and target_rate must be > 0, got "
                 f"{self.heads_weight} and {self.target_rate}"
             )
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
+
+    def heads_weight_at(self, step: int) -> float:
+        """λ_0 in the step that follows `step` finished ones."""
+        return self.heads_weight * min((step + 1) / max(self.warmup_steps, 1), 1.0)
 
 
 class Joint(nn.Module):
@@ -105,26 +114,28 @@ class JointAlignment:
 class Anchor:
     """Holds the target while its heads are trained with it."""
 
-    def __init__(self, target: AdaptedTarget, heads_weight: float):
-        """KL from `target` as it was, beside `heads_weight` times the heads' loss."""
+    def __init__(self, target: AdaptedTarget, settings: JointSettings):
+        """KL from `target` as it was, beside the heads' loss as weighted by `settings`."""
         self._target = target
-        self._heads_weight = heads_weight
+        self._settings = settings
 
-    def added(self, terms: LossTerms, batch: Batch) -> LossTerms:
-        """The heads' terms with the target's own.
+    def added(self, terms: LossTerms, batch: Batch, step: int) -> LossTerms:
+        """The heads' terms with the target's own, in the step that follows `step` finished ones.
 
-        Told besides: `heads_loss` per prediction of a head, and of the target per learnt token
-        `target_kl` and `target_agreement`. The loss is that of a learnt token.
+        Told besides: `heads_loss` per prediction of a head, `heads_weight`, and of the target per
+        learnt token `target_kl` and `target_agreement`. The loss is that of a learnt token.
         """
+        weight = self._settings.heads_weight_at(step)
         held = projected_loss(
             Aligned((self._target.own(batch),)), self._target.signal(batch), ForwardKL()
         )
         moved = {
             "heads_loss": (terms.loss.detach(), terms.num_tokens),
+            "heads_weight": (weight * held.num_tokens, held.num_tokens),
             "target_kl": (held.loss.detach(), held.num_tokens),
             "target_agreement": held.metrics["top1_agreement"],
         }
-        loss = held.loss + self._heads_weight * terms.loss
+        loss = held.loss + weight * terms.loss
         return LossTerms(loss, held.num_tokens, {**terms.metrics, **moved})
 
 

@@ -192,8 +192,8 @@ class Trainee(nn.Module):
         self.anchor = anchor
         self.slow = slow
 
-    def forward(self, batch: Batch) -> LossTerms:
-        """The sums over the batch."""
+    def forward(self, batch: Batch, step: int) -> LossTerms:
+        """The sums over the batch, in the step that follows `step` finished ones."""
         is_half = self.precision is Precision.bf16
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_half):
             signal = None if self.teacher is None else self.teacher.signal(batch)
@@ -207,7 +207,7 @@ class Trainee(nn.Module):
                 depth_weights=self.depth_weights,
                 token_weights=batch.weights,
             )
-            return terms if self.anchor is None else self.anchor.added(terms, batch)
+            return terms if self.anchor is None else self.anchor.added(terms, batch, step)
 
 
 class Trainer:
@@ -337,7 +337,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                terms: LossTerms = self.model(batch.to(accelerator.device))
+                terms: LossTerms = self.model(batch.to(accelerator.device), self.step)
                 accelerator.backward(terms.loss * scale)
             self.window.add(terms)
         norm = accelerator.clip_grad_norm_(self.drafter.parameters(), settings.max_grad_norm)

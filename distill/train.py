@@ -199,7 +199,7 @@ class Train:
         anchor: Anchor | None
         if isinstance(trained, Joint):
             live = adapted = AdaptedTarget(trained.target, target.model, layers)
-            anchor = Anchor(adapted, self.joint.heads_weight)
+            anchor = Anchor(adapted, self.joint)
         else:
             live, anchor = LiveTarget(target.model, layers), None
         teacher = None

@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from trained_runs import PLAIN, Run, rows_of
 
 from decode import (
     Drafter,
@@ -46,6 +45,7 @@ from distill.progress import Progress
 from distill.prompts import Prompt, StandardLibraryPrompts
 from distill.report.bootstrap import Interval, divide, interval, resamples
 from distill.run_folder import canonical, content_hash, describe, differing_keys
+from distill.runs import PLAIN, Run, rows_of
 from distill.target import LoadedTarget, TargetSettings
 
 TEMPERATURES = (0.0, 1.0)

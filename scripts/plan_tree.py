@@ -10,12 +10,13 @@ children by Sequoia's dynamic programme (Chen et al. 2024), for the likeliest on
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from decode import (
     Request,
@@ -61,9 +62,7 @@ def main() -> None:
     source = StandardLibraryPrompts(split="distill", limit=args.prompts)
     prompts = [prompt.ids for prompt in source.load(tokenizer)]
     sampling = SamplingParams(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
-    requests = [Request(id=str(n), prompt=ids, sampling=sampling) for n, ids in enumerate(prompts)]
-    results = SpeculativeDecoder(Target(target), NoDrafter()).generate(requests)
-    texts = [(ids, result.tokens) for ids, result in zip(prompts, results, strict=True)]
+    texts = calibration_texts(target, prompts, sampling)
     profile: list[float] | list[list[float]]
     if family == "lm":
         drafter = load_lm(args.drafter, dtype=torch.float32).eval()
@@ -107,6 +106,15 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.out, head + OmegaConf.to_yaml(OmegaConf.create(config)))
     print(args.out)
+
+
+def calibration_texts(
+    target: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Prompts, and what the target writes behind them."""
+    requests = [Request(id=str(n), prompt=ids, sampling=sampling) for n, ids in enumerate(prompts)]
+    results = SpeculativeDecoder(Target(target), NoDrafter()).generate(requests)
+    return [(ids, result.tokens) for ids, result in zip(prompts, results, strict=True)]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ PUBLIC = {"decode", "decode.acceptance", "decode.drafters", "decode.models", "de
 NOT_FOR_DECODE = {
     "accelerate", "datasets", "distill", "hydra", "omegaconf", "peft", "tensorboard", "wandb",
 }  # fmt: skip
-COMMANDS = {"generate", "train", "export", "evaluate", "pipeline", "inspect_rows", "cli"}
+COMMANDS = {"generate", "train", "export", "evaluate", "compare", "pipeline", "inspect_rows", "cli"}
 
 
 def imports(folder: str) -> Iterator[tuple[str, str, list[str]]]:

@@ -1,6 +1,5 @@
 """One self-contained page: table, plots, how it was measured, and who wrote which token."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from distill.report.bootstrap import Interval
 from distill.report.drafts import STYLE as DRAFT_STYLE
 from distill.report.drafts import DrawnStep, drawn
 from distill.report.figures import DrafterFigures, Measurement, Output
+from distill.report.parts import STYLE, facts_table, image, table
 from distill.report.prediction import Prediction
 from distill.report.tables import (
     HEADER,
@@ -29,48 +29,6 @@ ALT = {
     "acceptance_by_position": "Acceptance by position in the draft",
     "time_split": "Time of a step by phase",
 }
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --line: #d9dce1; --soft: #596070;
-  --accepted: #c3e2fa; --recovered: #ffd09c; --bonus: #b4e3cd; --mark: #333; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #16181c; --line: #383c44;
-  --soft: #a3adb8; --accepted: #12466f; --recovered: #7d4206; --bonus: #0d5a3f; --mark: #ddd; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
-.lead { color: var(--soft); margin: 0 0 1.2rem; }
-.verdict { border-left: 4px solid #009e73; padding: .4rem .9rem; margin: 1rem 0; }
-.scroll { overflow-x: auto; margin-bottom: .6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th { font-weight: 600; } td { white-space: nowrap; }
-td:last-child { white-space: normal; } td.wrap { overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px;
-  margin: .8rem 0; }
-summary { cursor: pointer; margin: 1rem 0 .6rem; font-weight: 600; }
-.tabs > input { position: absolute; opacity: 0; }
-.tabs > label { display: inline-block; padding: .3rem .8rem; border: 1px solid var(--line);
-  border-radius: 999px; margin: 0 .3rem .5rem 0; cursor: pointer; }
-.tabs > input:checked + label { background: var(--ink); color: var(--paper); }
-.tabs > input:focus-visible + label { outline: 3px solid #56b4e9; }
-.tabs > .panel { display: none; } .panel > h3.name { display: none; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.85 ui-monospace, monospace;
-  border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: .5rem 0 1.2rem; }
-.p { color: var(--soft); }
-.a, .r, .b { border-radius: 2px; color: var(--ink); padding: .1em 0; }
-.a { background: var(--accepted); }
-.r { background: var(--recovered); border-bottom: 2px dotted var(--mark); }
-.b { background: var(--bonus); border-bottom: 2px solid var(--mark); }
-.s { box-shadow: inset 2px 0 var(--mark); } .s:not(:empty) { padding-left: 3px; }
-i.n::before { content: "⏎"; opacity: .45; font-style: normal; }
-.legend span { display: inline-block; padding: .1rem .5rem; margin: 0 .5rem .3rem 0; }
-@media print { body { max-width: none; font-size: 11px; padding: 0; } pre { font-size: 9px; }
-  .tabs > input, .tabs > label { display: none; } img, tr { break-inside: avoid; }
-  .tabs > .panel, .panel > h3.name { display: block !important; } .scroll { overflow: visible; }
-  td, th { white-space: normal; padding: .2rem .3rem; } * { print-color-adjust: exact; } }
-"""
 KINDS = {
     "a": "drafted and accepted",
     "r": "recovered: the target's token after a rejection",
@@ -215,12 +173,12 @@ def page(
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(lead)}</p>
 <div class="verdict">{"<br>".join(map(html.escape, verdicts(drafters, exactness)))}</div>
-<div class="scroll">{_table([HEADER, *table_rows(drafters, exactness)])}</div>
+<div class="scroll">{table([HEADER, *table_rows(drafters, exactness)])}</div>
 <p class="lead">Brackets hold 95 % bootstrap intervals over prompts; comparisons are paired by
 prompt. α: accepted / tried draft tokens. τ: tokens per target pass, the target's own included.
 Of the two speedups, quote the smaller.</p>
 <h2>Plots</h2>
-{"".join(_image(name, data) for name, data in plots.items())}
+{"".join(image(ALT[name], data) for name, data in plots.items())}
 {_predicted(predictions)}
 {_by_kind("length of the text before the step", "tokens of prompt and output", lengths)}
 {_by_kind("category of the prompt", "category", categories)}
@@ -228,7 +186,7 @@ Of the two speedups, quote the smaller.</p>
 <p class="legend"><span class="p">prompt</span>{legend}<span class="s">begin of a step</span></p>
 {_tabs({name: "".join(map(_passage, rows)) for name, rows in passages.items()})}
 <h2>How it was measured</h2>
-<div class="scroll">{_facts(facts)}</div>
+<div class="scroll">{facts_table(facts)}</div>
 <details><summary>All figures</summary>
 <div class="scroll">{_figures(drafters, times)}</div></details>
 </body></html>
@@ -239,7 +197,7 @@ def _figures(drafters: Sequence[DrafterFigures], times: Mapping[str, StepTimes])
     found = {d.name: all_figures(d, times.get(d.name, {})) for d in drafters}
     names = dict.fromkeys(name for figures in found.values() for name in figures)
     rows = [[name, *(cell(figures.get(name), 3) for figures in found.values())] for name in names]
-    return _table([["figure", *found], *rows])
+    return table([["figure", *found], *rows])
 
 
 def _predicted(predictions: Mapping[str, Prediction]) -> str:
@@ -252,41 +210,19 @@ def _predicted(predictions: Mapping[str, Prediction]) -> str:
         for name, p in predictions.items()
     ]
     return f"""<h2>Predicted and measured speed</h2>
-<div class="scroll">{_table([head, *rows])}</div>
+<div class="scroll">{table([head, *rows])}</div>
 <p class="lead">Over autoregressive steps. Theorem: (1 - α^(γ+1)) / ((1 - α)(γ c + 1)), Leviathan et
 al. 2023, which takes verification to cost what one token does (v = 1) and acceptance to be alike
 everywhere. With the costs: the same tokens over the seconds that steps really took. From there to
 what was measured only the second assumption is missing.</p>"""
 
 
-def _by_kind(of_what: str, corner: str, table: Mapping[str, Mapping[str, Interval]]) -> str:
-    if not table:
+def _by_kind(of_what: str, corner: str, by: Mapping[str, Mapping[str, Interval]]) -> str:
+    if not by:
         return ""
-    kinds = list(next(iter(table.values())))
-    rows = [[name, *(cell(found[kind]) for kind in kinds)] for name, found in table.items()]
-    return f'<h2>τ by {of_what}</h2><div class="scroll">{_table([[corner, *kinds], *rows])}</div>'
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>"
-        for row in rows[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th>{html.escape(name)}</th><td class="wrap">{html.escape(str(value))}</td></tr>'
-        for name, value in facts.items()
-    )
-    return f"<table><tbody>{rows}</tbody></table>"
-
-
-def _image(name: str, data: bytes) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img alt="{ALT[name]}" src="data:image/png;base64,{encoded}">'
+    kinds = list(next(iter(by.values())))
+    rows = [[name, *(cell(found[kind]) for kind in kinds)] for name, found in by.items()]
+    return f'<h2>τ by {of_what}</h2><div class="scroll">{table([[corner, *kinds], *rows])}</div>'
 
 
 def _tabs(panels: Mapping[str, str]) -> str:

@@ -64,7 +64,7 @@ def block_efficiency(drafters: Sequence[DrafterFigures]) -> bytes:
         axes.margins(x=0.12)
     left.set_yticks(range(len(drafters)), [d.name for d in drafters])
     left.set_ylim(len(drafters) - 0.5, -0.55)
-    return _png(figure)
+    return png(figure)
 
 
 def acceptance_by_position(drafters: Sequence[DrafterFigures]) -> bytes:
@@ -79,7 +79,7 @@ def acceptance_by_position(drafters: Sequence[DrafterFigures]) -> bytes:
     axes[1].set_xlabel("position (given that the one before was accepted)")
     axes[0].set_ylim(0, 1)
     axes[1].legend(frameon=False, fontsize=9, loc="best")
-    return _png(figure)
+    return png(figure)
 
 
 def time_split(
@@ -101,7 +101,7 @@ def time_split(
     axes.legend(
         frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _point(axes: Axes, x: Interval, y: float, color: str, face: str | None = None) -> None:
@@ -143,7 +143,8 @@ def _whiskers(found: Sequence[Interval]) -> list[list[float]]:
     return [below, [max(x.high - x.value, 0.0) for x in found]]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file; it is closed."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="both", color="#e5e5e5", linewidth=0.6)

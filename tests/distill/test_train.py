@@ -37,6 +37,7 @@ from distill.depth_weights import Decay, Survival, Uniform
 from distill.drafter_folder import check_target
 from distill.errors import UserError
 from distill.generate import Generate
+from distill.joint import JointSettings
 from distill.loop import Precision, Trainer, TrainerSettings
 from distill.objectives import (
     AdaSPEC,
@@ -361,14 +362,15 @@ def test_heads_read_the_target_whatever_the_objective(train):
 @pytest.mark.parametrize("first", [Medusa(num_heads=2), Blockwise(num_heads=2)], ids=str)
 def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypatch, first):
     """In two stages; the finished folder holds the target that the heads belong to. Killed and
-    resumed it ends with the same bits."""
+    resumed, in the middle of the warm-up, it ends with the same bits."""
     stage = replace(train, drafter=first, output=tmp_path / "first").run()
     train = replace(
         train,
         drafter=HeadsCheckpoint(path=str(stage)),
         lora=LoraSettings(rank=2),
         objective=CrossEntropy(),
-        trainer=replace(train.trainer, learning_rate=0.05, warmup_steps=0),
+        joint=JointSettings(warmup_steps=4),
+        trainer=replace(train.trainer, learning_rate=0.05, warmup_steps=0, log_every=1),
     )
     whole = replace(train, output=tmp_path / "whole").run()
     step = Trainer._train_step
@@ -397,8 +399,11 @@ def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypa
     assert lines[0]["heldout_target_agreement"] == 1
     # One token has one prediction per head, but behind the last tokens of an output of six.
     predictions = sum(max(6 - depth, 0) for depth in (1, 2)) / 6
-    for line in (line for line in lines if "loss" in line):
-        heads = train.joint.heads_weight * line["heads_loss"] * predictions
+    lines = [line for line in lines if "loss" in line]
+    weights = [line["heads_weight"] for line in lines]
+    assert weights == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    for line in lines:
+        heads = line["heads_weight"] * line["heads_loss"] * predictions
         assert line["loss"] == pytest.approx(line["target_kl"] + heads, rel=1e-4)
 
     tuned = AutoModelForCausalLM.from_pretrained(folder / "target")
@@ -483,7 +488,8 @@ def test_one_head_at_a_time_keeps_to_its_batches_and_learns_no_whole_drafts(trai
 def test_heads_go_on_with_their_own_target_only(train, target, tmp_path):
     replace(train, drafter=Medusa(num_heads=2)).run()
     train = replace(train, drafter=HeadsCheckpoint(path=str(train.output)))  # the whole run
-    assert train._drafter(train.target.load(), []).num_heads == 2
+    drafter, _ = train._drafter(train.target.load(), [])
+    assert drafter.num_heads == 2
     changed(tmp_path / "other", {"num_hidden_layers": 3}, target)  # of the same sizes
     other = replace(train, target=TargetSettings(path=str(tmp_path / "other")))
     with pytest.raises(UserError, match="aligned to the target"):

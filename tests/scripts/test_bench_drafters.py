@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from distill.errors import UserError
 from distill.report.bootstrap import tail
+from distill.runs import Run, rows_of
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
 
@@ -29,7 +30,6 @@ from bench_drafters import (
     read,
     report,
 )
-from trained_runs import Run, rows_of
 
 LM = {"type": "ScratchLM", "num_layers": 1}
 MEDUSA = {"type": "Medusa", "num_heads": 4}

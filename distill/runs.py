@@ -1,4 +1,4 @@
-"""Finished runs of `draftsmith train`, and how they share the rows of a table."""
+"""Runs of `draftsmith train`, and how they share the rows of a table."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from distill.drafter_folder import read_description, weights_hash
 from distill.errors import UserError
-from distill.tracking import read_metrics
+from distill.run_folder import SETTINGS, SUMMARY
 
 PLAIN = "plain"  # our loop without a drafter, on the target that is given
 # Settings that follow from others, or by which seeds differ.
@@ -32,7 +32,7 @@ DERIVED = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of `draftsmith train`."""
+    """A run of `draftsmith train`."""
 
     folder: Path
 
@@ -66,15 +66,24 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Flat: dotted names to values."""
-        settings = json.loads((self.folder / "settings.json").read_text())["settings"]
-        return dict(flat(settings))
+        return dict(flat(json.loads((self.folder / SETTINGS).read_text())["settings"]))
 
     def seed(self) -> int:
         """Of the training."""
         return int(self.settings()["seed"])
 
+    def is_finished(self) -> bool:
+        """Whether it is, and has left a drafter."""
+        return (self.folder / SUMMARY).is_file()
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl; of one that is being written, none."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
     def parameters(self) -> int:
-        """Numbers in the drafter's file."""
+        """Numbers in the drafter's file; 0 where there is none yet."""
         total = 0
         for path in self.drafter.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
@@ -85,7 +94,7 @@ class Run:
     def training(self) -> tuple[float, float]:
         """Tokens, and the seconds they took, from the lines of metrics.jsonl."""
         tokens = seconds = before = 0.0
-        for line in read_metrics(self.folder / "metrics.jsonl"):
+        for line in self.metrics():
             if "tokens_per_second" in line:
                 new = line["tokens"] - before
                 before = line["tokens"]
@@ -104,11 +113,18 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def rows_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by the settings in which they differ, the seed left out; in a row they go by seed.
+    """Finished runs, grouped, for a comparison seed by seed.
 
     Raises:
         UserError: rows have other seeds than each other, or one twice.
     """
+    found = grouped(runs)
+    check_seeds({name: [run.seed() for run in of_row] for name, of_row in found.items()})
+    return {name + how_far_moved(of_row): of_row for name, of_row in found.items()}
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the settings in which they differ, the seed left out; in a row they go by seed."""
     settings = [run.settings() for run in runs]
     names = sorted({name for one in settings for name in one} - DERIVED)
     varied = [n for n in names if len({json.dumps(one.get(n)) for one in settings}) > 1]
@@ -129,9 +145,7 @@ def rows_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
         if run.own_target is not None:
             parts.append("own target")
         groups[", ".join(parts) or "drafter"].append(run)
-    found = {name: sorted(of_row, key=Run.seed) for name, of_row in groups.items()}
-    check_seeds({name: [run.seed() for run in of_row] for name, of_row in found.items()})
-    return {name + how_far_moved(of_row): of_row for name, of_row in found.items()}
+    return {name: sorted(of_row, key=Run.seed) for name, of_row in groups.items()}
 
 
 def short_paths(paths: Iterable[str]) -> dict[str, str]:
