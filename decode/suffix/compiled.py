@@ -1,7 +1,9 @@
 """Functions compiled at first use, and memory that they reach by address."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,7 +37,9 @@ def cache_folder() -> str:
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except OSError:  # of this process alone: what is found in it is loaded and run
-        return tempfile.mkdtemp(prefix="draftsmith-")
+        own = tempfile.mkdtemp(prefix="draftsmith-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return own
 
 
 def njit(function: Callable[..., Any], **options: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -557,6 +559,15 @@ def test_compiled_code_is_kept_where_it_may_be(
     alone = Path(cache_folder.__wrapped__())
     assert alone.is_dir()
     assert cache_folder.__wrapped__() != str(alone)  # nobody else's
+
+
+def test_a_process_without_a_place_to_keep_code_leaves_none_behind(tmp_path):
+    code = (
+        "import os; from decode.suffix.compiled import cache_folder as f; assert os.path.isdir(f())"
+    )
+    places = {"XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | places, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seed", range(4))
