@@ -21,6 +21,7 @@ what the resident set grows by, imports and compilation not counted. `--json FIL
     lookup_p50_over_arctic         ours / theirs, the worst of all streams and settings; also p99
     update_over_arctic             likewise, the mean time of an update
     tokens_per_step_over_arctic    the worst likewise
+    longest_call_ms                of a cache with a budget while old tokens leave
 """
 
 import argparse
@@ -43,6 +44,7 @@ os.environ.setdefault("ARCTIC_INFERENCE_ENABLED", "0")  # its patches of vLLM ar
 
 Documents = list[NDArray[np.int32]]
 PROMPT, OUTPUT = 256, 1024  # tokens of a replayed document, at most
+AT_ONCE = 8  # tokens by which an output grows where pauses are looked for
 DEFAULT_TOKENIZER = Path(__file__).parents[1] / "distill" / "embedded_target"
 SEED = 0
 
@@ -303,7 +305,35 @@ def growth(job: dict[str, Any]) -> list[dict[str, float]]:
     return found
 
 
-JOBS = {"build": build, "replays": replays, "growth": growth}
+def pauses(job: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of calls by which outputs grow, while as many old tokens leave.
+
+    The budget is half of the past; outputs grow by a few tokens at a time, and calls count from
+    where the budget is used up.
+    """
+    past = load(job["past"])
+    budget = sum(map(len, past)) // 2
+    warmed_up("ours")
+    cache = cache_class("ours")(job["depth"], max_cached_tokens=budget)
+    nothing = np.zeros(0, dtype=np.int32)
+    taken, total = [], 0
+    for number, document in enumerate(past):
+        calls: list[tuple[Any, tuple[Any, ...]]] = [(cache.start_request, (number, nothing))]
+        for begin in range(0, len(document), AT_ONCE):
+            piece = document[begin : begin + AT_ONCE]
+            calls.append((cache.add_active_response, (number, piece)))
+        calls.append((cache.stop_request, (number,)))
+        for call, arguments in calls:
+            started = time.perf_counter()
+            call(*arguments)
+            if total > budget:
+                taken.append(1e3 * (time.perf_counter() - started))
+        total += len(document)
+    median, high = np.quantile(taken, [0.5, 0.999])
+    return {"calls": len(taken), "median": median, "p99.9": high, "longest": max(taken)}
+
+
+JOBS = {"build": build, "replays": replays, "growth": growth, "pauses": pauses}
 
 
 def measure(job: dict[str, Any]) -> Any:
@@ -431,6 +461,13 @@ def run(args: argparse.Namespace, folder: Path) -> None:
                 f"{row['update_mean']:.1f} | {row['update_p99']:.1f} |"
             )
     figures = summary(built, looked_up, args.depths)
+    held = measure({**base, "kind": "pauses", "name": "ours", "depth": max(args.depths)})
+    print(
+        f"\nhalf of the past as a budget, old tokens leave as new ones come: {held['calls']:,} "
+        f"calls, median {1e3 * held['median']:.1f} µs, 99.9 % under {held['p99.9']:.2f} ms, "
+        f"longest {held['longest']:.2f} ms"
+    )
+    figures["longest_call_ms"] = held["longest"]
     if args.growth:
         sizes = [size for size in np.geomspace(1e4, 1e7, 13).astype(int).tolist() if size <= total]
         job = {**base, "kind": "growth", "name": "ours", "depth": max(args.depths)}
