@@ -16,7 +16,7 @@ from distill.generate import Generate
 from distill.prompts import DatasetPrompts
 from distill.store import RowStore
 from distill.target import TargetSettings
-from tests.distill.words import save_word_tokenizer
+from tests.distill.tiny import save_word_tokenizer
 
 VOCAB_SIZE = 50
 SAMPLING = SamplingParams(max_new_tokens=12)

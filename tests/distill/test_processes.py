@@ -13,57 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from decode import SamplingParams
 from decode.models import Hydra, Medusa
-from distill.batches import Example
 from distill.loop import Precision, TrainerSettings
 from distill.lora import LoraSettings
 from distill.objectives import ForwardKL
-from distill.prompts import Prompt
 from distill.target import TargetSettings
 from distill.tracking import read_metrics
 from distill.train import Train
-from tests.distill.words import save_word_tokenizer
+from tests.distill import tiny
+from tests.distill.tiny import VOCAB, llama, save_target
 
-VOCAB = 24
 KINDS = ("frozen", "joint")
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Random ids as prompts and as examples of unequal length."""
-
-    count: int
-    seed: int
+class Numbers(tiny.Numbers):
+    """Examples are of unequal length."""
 
     def ids(self, number):
         draw = random.Random(f"{self.seed} {number}")
         return [draw.randrange(3, VOCAB) for _ in range(draw.randrange(4, 9))]
-
-    def load(self, tokenizer):
-        return [Prompt(str(n), self.ids(n), "", None, "test") for n in range(self.count)]
-
-    def examples(self, tokenizer):
-        return [Example(self.ids(n), self.ids(-n - 1)) for n in range(self.count)]
-
-
-def write_target(folder):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=48,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_word_tokenizer(folder, VOCAB)
 
 
 def make_train(kind, folder):
@@ -100,7 +71,7 @@ def make_train(kind, folder):
 def two(tmp_path_factory):
     """Both kinds, trained on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    write_target(folder / "target")
+    save_target(folder / "target", llama(num_layers=2))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", __file__, str(folder)]
     environment = os.environ | {
@@ -114,7 +85,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_on_two_processes_learn_as_on_one(two, tmp_path, kind):
-    write_target(tmp_path / "target")
+    save_target(tmp_path / "target", llama(num_layers=2))
     make_train(kind, tmp_path).run()
     ours, theirs = (
         [line for line in read_metrics(folder / kind / "metrics.jsonl") if "loss" in line]

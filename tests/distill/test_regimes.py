@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from decode import Draft, Request, SamplingBatch, SamplingParams, SpeculativeDecoder, Target
 from decode.drafters import Chains
@@ -26,7 +25,6 @@ from distill.errors import UserError
 from distill.fresh import read_examples
 from distill.loop import Precision, Trainer, TrainerSettings
 from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL
-from distill.prompts import Prompt
 from distill.regimes import (
     DraftedWhereLikely,
     InTheLoop,
@@ -41,53 +39,30 @@ from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
-from tests.distill.words import save_word_tokenizer
+from tests.distill import tiny
+from tests.distill.tiny import VOCAB, llama, save_target
 
-VOCAB = 24
 SHORT = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Random ids as prompts and as examples; the outputs are all the id 3."""
-
-    count: int
-    seed: int
+class Numbers(tiny.Numbers):
+    """The outputs are all the id 3."""
 
     def ids(self, number):
         draw = random.Random(f"{self.seed} {number}")
         return [draw.randrange(4, VOCAB) for _ in range(5)]
-
-    def load(self, tokenizer):
-        return [
-            Prompt(str(number), self.ids(number), "", None, "test") for number in range(self.count)
-        ]
 
     def examples(self, tokenizer):
         return [Example(self.ids(number), [3] * 6) for number in range(self.count)]
 
 
 def language_model(seed, layers=2):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=48,
-            initializer_range=0.4,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ).eval()
+    return llama(seed, num_layers=layers, spread=0.4)
 
 
 def write_target(folder):
-    language_model(0).save_pretrained(folder)
-    save_word_tokenizer(folder, VOCAB)
-    return folder
+    return save_target(folder, language_model(0))
 
 
 @pytest.fixture(scope="module")

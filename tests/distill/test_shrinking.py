@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from decode import SamplingParams
 from decode.models import CheckpointLM, Medusa, PrunedLM, ScratchLM, load_lm
@@ -19,53 +19,29 @@ from distill.export import Export
 from distill.generate import Generate
 from distill.loop import Precision, Trainer, TrainerSettings
 from distill.objectives import CrossEntropy, ForwardKL, LKLambda
-from distill.prompts import Prompt
 from distill.shrinking import VocabularySettings, frequent_ids, in_words, learnt_counts
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
-from tests.distill.words import save_word_tokenizer
+from tests.distill import tiny
+from tests.distill.tiny import VOCAB, save_target
 
-VOCAB, EOS = 24, 2
+EOS = 2
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Random ids as prompts and as examples; small ids are more frequent."""
-
-    count: int
-    seed: int
+class Numbers(tiny.Numbers):
+    """Small ids are more frequent."""
 
     def ids(self, number):
         draw = random.Random(f"{self.seed} {number}")
         return [3 + int((VOCAB - 3) * draw.random() ** 2) for _ in range(6)]
 
-    def load(self, tokenizer):
-        return [Prompt(str(n), self.ids(n), "", None, "test") for n in range(self.count)]
-
-    def examples(self, tokenizer):
-        return [Example(self.ids(n), self.ids(-n - 1)) for n in range(self.count)]
-
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=48,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=EOS,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_word_tokenizer(folder, VOCAB)
-    return folder
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from decode.models import (
 )
 from distill import checkpoint as checkpoints
 from distill.alignment import lm as alignment
-from distill.batches import Example, SeqKD
+from distill.batches import SeqKD
 from distill.depth_weights import Decay, Survival, Uniform
 from distill.drafter_folder import check_target
 from distill.errors import UserError
@@ -47,55 +47,30 @@ from distill.objectives import (
     GreedyAcceptance,
     LKLambda,
 )
-from distill.prompts import Prompt
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import LoraSettings, SamplingParams, Train
-from tests.distill.words import save_word_tokenizer
-
-VOCAB = 24
+from tests.distill import tiny
+from tests.distill.tiny import VOCAB, save_target
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Random ids as prompts and as examples; the first `overlap` of both are the same."""
+class Numbers(tiny.Numbers):
+    """The first `overlap` of both are the same."""
 
-    count: int
-    seed: int
     overlap: int = 0
 
     def ids(self, number):
-        draw = random.Random(number if number < self.overlap else f"{self.seed} {number}")
+        if number >= self.overlap:
+            return super().ids(number)
+        draw = random.Random(number)
         return [draw.randrange(3, VOCAB) for _ in range(6)]
-
-    def load(self, tokenizer):
-        return [
-            Prompt(str(number), self.ids(number), "", None, "test") for number in range(self.count)
-        ]
-
-    def examples(self, tokenizer):
-        return [Example(self.ids(number), self.ids(-number - 1)) for number in range(self.count)]
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=48,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_word_tokenizer(folder, VOCAB)
-    return folder
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture

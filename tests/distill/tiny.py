@@ -1,0 +1,76 @@
+"""What tests of training share: targets of a few words, and random ids to learn."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from distill.batches import Example
+from distill.prompts import Prompt
+
+VOCAB = 24
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Random ids as prompts and as examples."""
+
+    count: int
+    seed: int
+
+    def ids(self, number: int) -> list[int]:
+        """Those of a prompt, or below 0 of an output."""
+        draw = random.Random(f"{self.seed} {number}")
+        return [draw.randrange(3, VOCAB) for _ in range(6)]
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        """As prompts."""
+        return [Prompt(str(n), self.ids(n), "", None, "test") for n in range(self.count)]
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """As examples."""
+        return [Example(self.ids(n), self.ids(-n - 1)) for n in range(self.count)]
+
+
+def llama(seed: int = 0, *, num_layers: int = 3, spread: float = 0.3) -> LlamaForCausalLM:
+    """A random model of `VOCAB` words, whose weights are `spread` wide."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_target(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
+    """Write a model, `llama()` by default, and the tokenizer of its words."""
+    (model or llama()).save_pretrained(folder)
+    save_word_tokenizer(folder, VOCAB)
+    return folder
+
+
+def save_word_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write it beside a model: "<unk>", "<s>", "</s>", then "t3", "t4", ..."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab_size)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
