@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of table and figures")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    runs = [Run(path) for path in args.runs if (path / "summary.json").is_file()]
+    runs = [run for run in map(Run, args.runs) if run.is_finished()]
     if not runs:
         raise SystemExit("none of the folders holds a finished run of draftsmith train")
     try:
