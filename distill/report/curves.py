@@ -3,7 +3,7 @@
 import html
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +28,7 @@ HEAD = (
 )
 RUN_HEAD = ("run", "settings", "seed", "step", "best step", "τ", "α", "last loss")
 # Where these differ, τ was not measured alike.
+STYLES = ("-", "--", ":", "-.")  # of lines, when colours run out
 MEASURE = ("target_fingerprint", "held_out_hash", "draft_length", "num_held_out", "sampling.")
 Metrics = dict[str, float]
 
@@ -109,17 +110,26 @@ def curves(groups: Mapping[str, Sequence[Run]]) -> bytes:
         1 + len(objectives), 1, figsize=(9, 2.8 * (1 + len(objectives))), sharex=True
     )
     panels = dict(zip(["τ", *objectives], axes, strict=True))
-    for name, color in zip(ranked(groups), cycle(COLORS), strict=False):
-        for number, run in enumerate(groups[name]):
-            label = name if number == 0 else None
-            _line(panels["τ"], run, "heldout_tau", color, label, marker="o")
-            _line(panels[_objective(run)], run, "loss", color, label)
+    looks = cycle(product(STYLES, COLORS))
+    for name, (style, color) in zip(ranked(groups), looks, strict=False):
+        for run in groups[name]:
+            look = {"color": color, "linestyle": style, "label": name}
+            _line(panels["τ"], run, "heldout_tau", marker="o", **look)
+            _line(panels[_objective(run)], run, "loss", **look)
     panels["τ"].set_ylabel("τ on held-out prompts")
     for objective in objectives:
         panels[objective].set_ylabel(f"loss: {objective}")
     axes[-1].set_xlabel("step")
-    for panel in panels.values():
-        panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    lines = {line.get_label(): line for panel in panels.values() for line in panel.get_lines()}
+    named = [name for name in ranked(groups) if name in lines]
+    figure.legend(
+        [lines[name] for name in named],
+        named,
+        frameon=False,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(0.91, 0.89),
+    )
     return png(figure)
 
 
@@ -163,15 +173,11 @@ def caution(groups: Mapping[str, Sequence[Run]]) -> str:
     return text
 
 
-def _line(
-    axes: Axes, run: Run, name: str, color: str, label: str | None, marker: str | None = None
-) -> None:
+def _line(axes: Axes, run: Run, name: str, **look: str) -> None:
     points = [(line["step"], line[name]) for line in run.metrics() if name in line]
     if points:
         steps, values = zip(*points, strict=True)
-        axes.plot(
-            steps, values, color=color, label=label, linewidth=1.4, marker=marker, markersize=4
-        )
+        axes.plot(steps, values, linewidth=1.4, markersize=4, **look)  # type: ignore[arg-type]
 
 
 def _objective(run: Run) -> str:
