@@ -159,7 +159,7 @@ class SlotCache(Cache):
             self.window = Window(
                 starts,
                 None,
-                _as_slice(slots, device),
+                as_slice(slots, device),
                 torch.tensor(slots, device=device)[:, None],
                 positions.clamp(max=self.capacity - 1).to(device),
                 min(end, self.capacity),
@@ -220,7 +220,8 @@ class SlotCache(Cache):
                 assert layer.values.isfinite().all(), "a cached value is not a number"
 
 
-def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+def as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+    """How to read these slots: a slice where they are neighbours (no copy), else their indices."""
     first = slots[0]
     if list(slots) == list(range(first, first + len(slots))):
         return slice(first, first + len(slots))

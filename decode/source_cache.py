@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from decode.cache import as_slice
+
 
 class Encoded(NamedTuple):
     """Sources that the encoder has read.
@@ -61,7 +63,7 @@ class SourceLayer(CacheLayerMixin):
             store[self.owner.slots, :, : states.shape[2]] = states
         return key_states, value_states
 
-    def select(self, rows: slice | list[int], longest: int) -> None:
+    def select(self, rows: slice | Tensor, longest: int) -> None:
         """Let `keys` and `values` be those of these slots; a copy where they are no neighbours."""
         self.keys, self.values = (store[rows, :, :longest] for store in self.stores)
 
@@ -118,9 +120,7 @@ class SourceCache(Cache):
         if 0 in lengths:
             raise ValueError(f"slot {slots[lengths.index(0)]} has no source to attend to")
         self.slots, self.mask = slots, self._mask(lengths, device)
-        rows: slice | list[int] = slots
-        if slots == list(range(slots[0], slots[0] + len(slots))):
-            rows = slice(slots[0], slots[0] + len(slots))
+        rows = as_slice(slots, device)
         for layer in self.layers:
             layer.select(rows, max(lengths))
         self._is_selected = True
