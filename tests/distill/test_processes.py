@@ -14,16 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decode import SamplingParams
 from decode.models import Hydra, Medusa
-from distill.loop import Precision, TrainerSettings
 from distill.lora import LoraSettings
-from distill.objectives import ForwardKL
-from distill.target import TargetSettings
 from distill.tracking import read_metrics
-from distill.train import Train
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, llama, save_target
+from tests.distill.tiny import VOCAB, llama, save_target, training
 
 KINDS = ("frozen", "joint")
 
@@ -39,28 +34,21 @@ class Numbers(tiny.Numbers):
 
 def make_train(kind, folder):
     """Four packs a step, one at a time on each process."""
-    train = Train(
-        target=TargetSettings(path=str(folder / "target")),
-        drafter=Medusa(num_heads=2),
-        objective=ForwardKL(),
-        data=Numbers(40, seed=1),
-        trainer=TrainerSettings(
-            steps=6,
-            batch_size=4,
-            micro_batch_size=1,
-            sequence_length=24,
-            learning_rate=0.01,
-            warmup_steps=0,
-            precision=Precision.no,
-            log_every=1,
-            evaluate_every=6,
-            checkpoint_every=6,
-        ),
-        prompts=Numbers(3, seed=2),
-        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
-        draft_length=2,
-        output=folder / kind,
+    train = training(
+        folder / "target",
+        folder / kind,
+        Numbers(40, seed=1),
+        Numbers(3, seed=2),
+        steps=6,
+        batch_size=4,
+        micro_batch_size=1,
+        learning_rate=0.01,
+        warmup_steps=0,
+        log_every=1,
+        evaluate_every=6,
+        checkpoint_every=6,
     )
+    train = replace(train, drafter=Medusa(num_heads=2))
     if kind == "frozen":
         return train
     hydra = Hydra(num_heads=2, num_layers=2, prefix_attention=True)

@@ -17,14 +17,14 @@ import torch
 
 from decode import Draft, Request, SamplingBatch, SamplingParams, SpeculativeDecoder, Target
 from decode.drafters import Chains
-from decode.models import Medusa, ScratchLM
+from decode.models import Medusa
 from distill import checkpoint as checkpoints
 from distill import config
 from distill.batches import Example, SeqKD, collate
 from distill.errors import UserError
 from distill.fresh import read_examples
-from distill.loop import Precision, Trainer, TrainerSettings
-from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL
+from distill.loop import Trainer
+from distill.objectives import CrossEntropy, EndToEndTV
 from distill.regimes import (
     DraftedWhereLikely,
     InTheLoop,
@@ -40,7 +40,7 @@ from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, llama, save_target
+from tests.distill.tiny import VOCAB, llama, save_target, training
 
 SHORT = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
 
@@ -72,27 +72,17 @@ def target(tmp_path_factory):
 
 def make_train(target, output, data=None):
     settings = {"every": 3, "num_prompts": 10, "sampling": SHORT, "batch_size": 4}
-    return Train(
-        target=TargetSettings(path=str(target)),
-        drafter=ScratchLM(num_layers=1, hidden_size=32),
-        objective=ForwardKL(),
-        data=data or OnPolicy(source=Numbers(40, seed=1), **settings),
-        trainer=TrainerSettings(
-            steps=8,
-            batch_size=2,
-            micro_batch_size=1,
-            sequence_length=24,
-            learning_rate=0.02,
-            warmup_steps=0,
-            precision=Precision.no,
-            log_every=1,
-            evaluate_every=4,
-            checkpoint_every=2,
-        ),
-        prompts=Numbers(3, seed=2),
-        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
-        draft_length=2,
-        output=output,
+    return training(
+        target,
+        output,
+        data or OnPolicy(source=Numbers(40, seed=1), **settings),
+        Numbers(3, seed=2),
+        steps=8,
+        micro_batch_size=1,
+        learning_rate=0.02,
+        warmup_steps=0,
+        log_every=1,
+        evaluate_every=4,
     )
 
 

@@ -12,20 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decode import SamplingParams
-from decode.models import CheckpointLM, Medusa, PrunedLM, ScratchLM, load_lm
+from decode.models import CheckpointLM, Medusa, PrunedLM, load_lm
 from distill.batches import Example, SeqKD
 from distill.errors import UserError
 from distill.export import Export
 from distill.generate import Generate
-from distill.loop import Precision, Trainer, TrainerSettings
+from distill.loop import Trainer
 from distill.objectives import CrossEntropy, ForwardKL, LKLambda
 from distill.shrinking import VocabularySettings, frequent_ids, in_words, learnt_counts
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
-from distill.train import Train
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, save_target
+from tests.distill.tiny import VOCAB, save_target, training
 
 EOS = 2
 
@@ -46,27 +45,8 @@ def target(tmp_path_factory):
 
 @pytest.fixture
 def train(target, tmp_path):
-    return Train(
-        target=TargetSettings(path=str(target)),
-        drafter=ScratchLM(num_layers=1, hidden_size=32),
-        objective=ForwardKL(),
-        data=Numbers(40, seed=1),
-        trainer=TrainerSettings(
-            steps=4,
-            batch_size=2,
-            micro_batch_size=2,
-            sequence_length=24,
-            learning_rate=0.01,
-            precision=Precision.no,
-            log_every=2,
-            evaluate_every=2,
-            checkpoint_every=2,
-        ),
-        prompts=Numbers(3, seed=2),
-        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
-        draft_length=2,
-        output=tmp_path / "run",
-    )
+    numbers = Numbers(40, seed=1), Numbers(3, seed=2)
+    return training(target, tmp_path / "run", *numbers, learning_rate=0.01)
 
 
 PRUNED = PrunedLM(num_layers=2, hidden_size=24, intermediate_size=20, calibration_tokens=64)

@@ -26,7 +26,6 @@ from decode.models import (
     HeadsCheckpoint,
     Hydra,
     Medusa,
-    ScratchLM,
     TargetLayersLM,
     load_heads,
 )
@@ -38,7 +37,7 @@ from distill.drafter_folder import check_target
 from distill.errors import UserError
 from distill.generate import Generate
 from distill.joint import JointSettings
-from distill.loop import Precision, Trainer, TrainerSettings
+from distill.loop import Trainer
 from distill.objectives import (
     AdaSPEC,
     CrossEntropy,
@@ -50,9 +49,9 @@ from distill.objectives import (
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
-from distill.train import LoraSettings, SamplingParams, Train
+from distill.train import LoraSettings, SamplingParams
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, save_target
+from tests.distill.tiny import VOCAB, save_target, training
 
 
 @dataclass(frozen=True)
@@ -75,26 +74,7 @@ def target(tmp_path_factory):
 
 @pytest.fixture
 def train(target, tmp_path):
-    return Train(
-        target=TargetSettings(path=str(target)),
-        drafter=ScratchLM(num_layers=1, hidden_size=32),
-        objective=ForwardKL(),
-        data=Numbers(40, seed=1),
-        trainer=TrainerSettings(
-            steps=4,
-            batch_size=2,
-            micro_batch_size=2,
-            sequence_length=24,
-            precision=Precision.no,
-            log_every=2,
-            evaluate_every=2,
-            checkpoint_every=2,
-        ),
-        prompts=Numbers(3, seed=2),
-        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
-        draft_length=2,
-        output=tmp_path / "run",
-    )
+    return training(target, tmp_path / "run", Numbers(40, seed=1), Numbers(3, seed=2))
 
 
 def test_a_run_leaves_a_drafter_that_the_decoder_loads(train, target, capsys):

@@ -1,8 +1,9 @@
 """What tests of training share: targets of a few words, and random ids to learn."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -15,8 +16,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from decode import SamplingParams
+from decode.models import ScratchLM
 from distill.batches import Example
+from distill.loop import Precision, TrainerSettings
+from distill.objectives import ForwardKL
 from distill.prompts import Prompt
+from distill.target import TargetSettings
+from distill.train import Train
 
 VOCAB = 24
 
@@ -64,6 +71,33 @@ def save_target(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
     (model or llama()).save_pretrained(folder)
     save_word_tokenizer(folder, VOCAB)
     return folder
+
+
+TRAINER = TrainerSettings(
+    steps=4,
+    batch_size=2,
+    micro_batch_size=2,
+    sequence_length=24,
+    precision=Precision.no,
+    log_every=2,
+    evaluate_every=2,
+    checkpoint_every=2,
+)
+
+
+def training(target: Path, output: Path, data: Any, prompts: Any, **trainer: Any) -> Train:
+    """A training of seconds; `trainer` changes what `TRAINER` says."""
+    return Train(
+        target=TargetSettings(path=str(target)),
+        drafter=ScratchLM(num_layers=1, hidden_size=32),
+        objective=ForwardKL(),
+        data=data,
+        trainer=replace(TRAINER, **trainer),
+        prompts=prompts,
+        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
+        draft_length=2,
+        output=output,
+    )
 
 
 def save_word_tokenizer(folder: Path, vocab_size: int) -> None:
