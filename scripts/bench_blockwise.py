@@ -14,7 +14,6 @@ How far it has moved is told. A cell that was not trained stays empty.
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
-from tau import BATCH, Array, Samples, cell, count, percent, table
+from tau import BATCH, Array, Samples, cell, count, keep, percent, table
 
 from decode import SamplingParams, Target
 from decode.drafters import load_drafter
@@ -156,15 +154,7 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     moved = {where: how_far(of_cell) for where, of_cell in groups.items() if where[1] != "frozen"}
     lines, figures = report(counts, moved)
-    record = {
-        "settings": {key: str(value) for key, value in vars(args).items() if key != "runs"},
-        "torch": torch.__version__,
-        "rows": figures,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(table(lines))
-    (args.out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(table(lines))
+    keep(args, table(lines), figures)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ Runs that differ in nothing but the seed share a row; each has trees of its own.
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from plan_tree import calibration_texts
-from tau import BATCH, Array, Samples, cell, count, percent, table
+from tau import BATCH, Array, Samples, cell, count, keep, percent, table
 
 from decode import SamplingParams, Target, TreePlan, expected_accepted, plan_best_first
 from decode.calibration import acceptance_by_depth
@@ -164,15 +161,7 @@ def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
                 {"drafter": name, "budget": budget, "dense_shapes": list(of_seeds)}
                 | {key: asdict(one) for key, one in found.items()}
             )
-    record: dict[str, Any] = {
-        "settings": {key: str(value) for key, value in vars(args).items() if key != "runs"},
-        "torch": torch.__version__,
-        "rows": figures,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(table(lines))
-    (args.out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(table(lines))
+    keep(args, table(lines), figures)
 
 
 def of_tree(

@@ -1,9 +1,13 @@
 """τ of drafters over prompts and seeds, by counting: no time is taken, so prompts share batches."""
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from decode import Drafter, Request, SamplingParams, SpeculativeDecoder, Target
 from distill.prompts import Prompt
@@ -60,3 +64,16 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     """Markdown; the first line is the head."""
     head, *rest = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rest])
+
+
+def keep(args: argparse.Namespace, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table, and write it and its figures into the folder `args.out`."""
+    record = {
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "runs"},
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.md").write_text(table)
+    (args.out / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(table)
