@@ -166,30 +166,34 @@ class SlotCache(Cache):
             )
         return self.window
 
-    def commit(
-        self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor | None = None
+    def commit(self, slots: Sequence[int], num_kept: Sequence[int]) -> None:
+        """Keep the first `num_kept` of the last forward's tokens in each slot, drop the rest."""
+        for row, slot in enumerate(slots):
+            self.lengths[slot] += num_kept[row]
+
+    def commit_paths(
+        self, slots: Sequence[int], paths: Sequence[Sequence[int]], *, in_order: bool = False
     ) -> None:
-        """Keep a part of the last forward's tokens and drop the rest of them.
+        """Keep the tokens of the last forward that are on the paths, and drop the rest.
 
         Args:
             slots: the slots of that forward.
-            num_kept: how many tokens of each are kept, root included.
-            path: [B, N] indices of the kept tokens, then anything; None keeps the first ones, as
-                they lie.
+            paths: places of the kept tokens, root first.
+            in_order: every path is 0, 1, 2, ...: the tokens lie where they are to be.
         """
-        if path is not None:
-            self._gather(slots, num_kept, path)
-        lengths = self.lengths
-        for slot, kept in zip(slots, num_kept, strict=True):
-            lengths[slot] += kept
+        if not in_order:
+            self._gather(slots, paths)
+        for row, slot in enumerate(slots):
+            self.lengths[slot] += len(paths[row])
 
-    def _gather(self, slots: Sequence[int], num_kept: Sequence[int], path: Tensor) -> None:
+    def _gather(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Move the keys and values of accepted paths together, behind the committed ones."""
-        for row, (slot, kept) in enumerate(zip(slots, num_kept, strict=True)):
-            if kept == 0:
-                continue
+        for slot, path in zip(slots, paths, strict=True):
+            kept = len(path)
+            if list(path) == list(range(kept)):
+                continue  # they lie where they are to be
             start = self.lengths[slot]
-            source = start + path[row, :kept]
+            source = torch.tensor(path, device=self.layers[0].keys.device) + start
             for layer in self.layers:
                 for store in (layer.keys, layer.values):
                     store[slot, :, start : start + kept] = store[slot][:, source]
@@ -201,10 +205,10 @@ class SlotCache(Cache):
                 store[slot, :, :length] = store[source, :, :length]
         self.lengths[slot] = length
 
-    def truncate(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Roll back: forget all but the first `lengths[b]` tokens of each slot."""
-        for slot, length in zip(slots, lengths, strict=True):
-            self.lengths[slot] = min(self.lengths[slot], length)
+    def truncate(self, slot: int, length: int) -> None:
+        """Roll back: forget all but the first `length` tokens of a slot."""
+        if self.lengths[slot] > length:
+            self.lengths[slot] = length
 
     def release(self, slot: int) -> None:
         """Give a slot back; the next sequence overwrites it."""

@@ -135,7 +135,7 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
     for model in (target, drafter):
         tokens = torch.zeros(1, start, dtype=torch.long, device=model.device)
         model.forward([0], tokens, keep=[], encoded=model.encode([tokens[0]]))
-        model.cache.truncate([0], [0])
+        model.cache.truncate(0, 0)
         model.cache.commit([0], [start])
     try:
         timed: list[list[float]] = [[] for _ in range(longest + 3)]

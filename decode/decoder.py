@@ -110,6 +110,7 @@ class SpeculativeDecoder:
         self._buffer = self._tokens.numpy()  # the same memory; cheaper to write single tokens to
         self._free = list(range(target.max_batch_size))
         self._active: list[_Sequence] = []
+        self._is_on_cpu = target.device.type == "cpu"
         self._now = self._synchronised if target.device.type == "cuda" else time.perf_counter
 
     def generate(self, requests: Iterable[Request]) -> list[GenerationResult]:
@@ -146,7 +147,9 @@ class SpeculativeDecoder:
         started = self._now()
         context = self._context(batch)
         ready = self._now()
-        draft = self.drafter.propose(context).to(self.target.device)
+        draft = self.drafter.propose(context)
+        if not self._is_on_cpu:
+            draft = draft.to(self.target.device)
         drafted = self._now()
         output = self.target.verify(batch.slots, draft, self.drafter.hidden_layers)
         verified = self._now()
@@ -164,10 +167,11 @@ class SpeculativeDecoder:
         self, batch: _Batch, context: Context, draft: Draft, output: ModelOutput
     ) -> Acceptance:
         """Accept, advance, commit, observe."""
-        acceptance = self.rule.accept(
-            draft, penalised(output.logits, context, draft), context.sampling
-        )
-        acceptance = self._advance(batch, draft, acceptance, output)
+        logits = output.logits
+        if context.sampling.has_penalty:
+            logits = penalised(logits, context, draft)
+        acceptance = self.rule.accept(draft, logits, context.sampling)
+        self._advance(batch, draft, acceptance, output)
         self.target.commit(batch.slots, draft, acceptance)
         self.drafter.observe(context, draft, acceptance, output.logits)
         return acceptance
@@ -178,7 +182,7 @@ class SpeculativeDecoder:
             slots=batch.slots,
             tokens=batch.tokens(max(lengths)),
             lengths=lengths,
-            room=[sequence.room - 1 for sequence in batch.sequences],
+            room=[s.limit - len(s.output) - 1 for s in batch.sequences],
             hidden=self._hidden(batch) if self.drafter.hidden_layers else NO_STATES,
             sampling=batch.sampling,
         )
@@ -195,38 +199,29 @@ class SpeculativeDecoder:
 
     def _advance(
         self, batch: _Batch, draft: Draft, acceptance: Acceptance, output: ModelOutput
-    ) -> Acceptance:
+    ) -> None:
         """Count the step, and append what each sequence emits.
 
-        Returns:
-            the acceptance, where a path that EOS, a stop string or the limit cuts counts as wholly
-            accepted up to the cut.
+        A path that EOS, a stop string or the limit cuts ends there from now on, and counts as
+        wholly accepted.
         """
         tokens, num_nodes = draft.tokens.tolist(), draft.num_nodes.tolist()
-        counts, tried = acceptance.num_accepted.tolist(), acceptance.num_tried.tolist()
-        next_tokens = acceptance.next_token.tolist()
-        if not draft.is_chain:
-            paths, parents = acceptance.path.tolist(), draft.parents.tolist()
-        is_any_cut = False
+        paths, next_tokens, tried, _ = acceptance
+        parents = None if draft.is_chain else draft.parents.tolist()
+        is_more_kept = acceptance.expected_accepted is not None or bool(output.hidden)
         for row, sequence in enumerate(batch.sequences):
-            count = counts[row]
-            if draft.is_chain:
-                new = tokens[row][1 : count + 1]
-            else:
-                new = [tokens[row][node] for node in paths[row][1 : count + 1]]
+            path, drafted = paths[row], tokens[row]
+            count = len(path) - 1
+            is_chain = parents is None
+            new = drafted[1 : count + 1] if is_chain else [drafted[node] for node in path[1:]]
             new.append(next_tokens[row])
             kept, reason = self.stopping.cut(sequence.output, new, sequence.sampling)
-            is_cut = kept <= count
-            if is_cut:
-                is_any_cut = True
-                del new[kept:]
-                count = counts[row] = tried[row] = kept
-            drafted = num_nodes[row] - 1
-            if draft.is_chain:
-                at_leaf = count == drafted
-            else:
-                at_leaf = paths[row][count] not in parents[row][: num_nodes[row]]
-            sequence.steps.append(StepTrace(drafted, at_leaf, tried[row], count, kept))
+            if kept <= count:
+                del new[kept:], path[kept + 1 :]
+                count = tried[row] = kept
+            size = num_nodes[row]
+            at_leaf = count + 1 == size if parents is None else path[-1] not in parents[row][:size]
+            sequence.steps.append(StepTrace(size - 1, at_leaf, tried[row], count, kept))
             if reason is None and len(sequence.output) + kept >= sequence.limit:
                 reason = "length"
             if reason == "length" and self.target.forced_eos is not None:
@@ -235,29 +230,22 @@ class SpeculativeDecoder:
             if reason is not None:
                 sequence.finish_reason = reason
                 batch.has_finished = True
-            self._keep(sequence, row, kept, acceptance, output)
-        if not is_any_cut:
-            return acceptance
-        device = draft.tokens.device
-        return acceptance._replace(
-            num_accepted=torch.tensor(counts, device=device),
-            num_tried=torch.tensor(tried, device=device),
-        )
+            if is_more_kept or sequence.sampling.top_logprobs:
+                self._keep(sequence, row, kept, acceptance, output)
 
     def _keep(
         self, sequence: _Sequence, row: int, kept: int, acceptance: Acceptance, output: ModelOutput
     ) -> None:
         """Keep what is wanted of a step besides its `kept` tokens."""
-        expected = acceptance.expected_accepted
+        path, expected = acceptance.paths[row], acceptance.expected_accepted
+        nodes = path[:kept]  # behind which the kept tokens come
         if expected is not None:
-            is_cut = kept <= int(acceptance.num_accepted[row])
-            last = int(acceptance.path[row, kept]) + 1 if is_cut else None
+            last = path[kept] + 1 if kept < len(path) else None
             sequence.expected_accepted += float(expected[row, :last].sum())
         if sequence.sampling.top_logprobs:
-            logits = output.logits[row, acceptance.path[row, :kept]]
+            logits = output.logits[row, nodes]
             sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
         if output.hidden:
-            nodes = acceptance.path[row, :kept]
             sequence.hidden = {layer: states[row, nodes] for layer, states in output.hidden.items()}
 
     def _extend(self, sequence: _Sequence, new: list[int]) -> None:
@@ -408,7 +396,6 @@ def _records(
     """What a step did, behind it."""
     tokens, parents = draft.tokens.tolist(), draft.parents.tolist()
     sizes, lengths = draft.num_nodes.tolist(), context.lengths
-    paths, counts = acceptance.path.tolist(), acceptance.num_accepted.tolist()
     for row, sequence in enumerate(sequences):
         num_emitted = sequence.steps[-1].num_emitted
         yield StepRecord(
@@ -417,7 +404,7 @@ def _records(
             length=lengths[row],
             tokens=tokens[row][: sizes[row]],
             parents=parents[row][: sizes[row]],
-            path=paths[row][1 : counts[row] + 1],
+            path=acceptance.paths[row][1:],
             emitted=sequence.output[len(sequence.output) - num_emitted :],
             seconds=seconds,
         )

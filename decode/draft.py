@@ -45,7 +45,8 @@ class Draft(NamedTuple):
         cls, tokens: Tensor, *, num_nodes: Tensor | None = None, probs: Tensor | None = None
     ) -> "Draft":
         """Chains from `tokens` [B, N], roots first; `num_nodes` [B] where they differ in length."""
-        parents, full = _chain_of(*tokens.shape, tokens.device)
+        batch, width = tokens.shape
+        parents, full = _chain_of(batch, width, "cpu" if tokens.is_cpu else tokens.device)
         return cls(tokens, parents, full if num_nodes is None else num_nodes, probs, is_chain=True)
 
     @classmethod
@@ -147,7 +148,7 @@ class Draft(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _chain_of(batch: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _chain_of(batch: int, width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Parents [B, N] and number of nodes [B] of full chains; the same for every step."""
     parents = torch.arange(-1, width - 1, device=device).expand(batch, width)
     return parents, torch.full((batch,), width, device=device)

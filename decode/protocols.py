@@ -52,23 +52,25 @@ class Context(NamedTuple):
 
 
 class Acceptance(NamedTuple):
-    """What a rule decided.
+    """What a rule decided, in lists of one entry per sequence: the loop goes on on the host.
 
     Attributes:
-        path: [B, N] accepted node ids, root first, then -1.
-        num_accepted: [B] accepted draft tokens: without the root, without `next_token`.
-        next_token: [B] the target's own token: recovered after a rejection, bonus after a leaf.
-        num_tried: [B] draft tokens that were tried, accepted or not; those behind a rejection
-            were not.
+        paths: accepted nodes of each draft, root first.
+        next_tokens: the target's own token: recovered after a rejection, bonus after a leaf.
+        num_tried: draft tokens that were tried, accepted or not; those behind a rejection were not.
         expected_accepted: [B, N] Σ min(target, draft) at each tried node, 0 at the others, or None
             where the rule is deterministic.
     """
 
-    path: Tensor
-    num_accepted: Tensor
-    next_token: Tensor
-    num_tried: Tensor
+    paths: list[list[int]]
+    next_tokens: list[int]
+    num_tried: list[int]
     expected_accepted: Tensor | None = None
+
+    @property
+    def num_accepted(self) -> list[int]:
+        """Accepted draft tokens: without the root, without the target's own token."""
+        return [len(path) - 1 for path in self.paths]
 
 
 class Drafter(Protocol):
@@ -85,7 +87,10 @@ class Drafter(Protocol):
         return
 
     def propose(self, context: Context) -> Draft:
-        """A draft for every sequence, at most `context.room` tokens deep."""
+        """A draft for every sequence, at most `context.room` tokens deep.
+
+        It may lie in memory that the next draft is written to.
+        """
         ...
 
     def observe(

@@ -194,8 +194,7 @@ class Target:
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""
-        kept = [count + 1 for count in acceptance.num_accepted.tolist()]
-        self.cached.cache.commit(slots, kept, None if draft.is_chain else acceptance.path)
+        self.cached.cache.commit_paths(slots, acceptance.paths, in_order=draft.is_chain)
 
     def release(self, slot: int) -> None:
         """The sequence in `slot` is finished."""

@@ -12,7 +12,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias, cast, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -379,17 +378,12 @@ class DraftedWhereLikely:
     def accept(self, draft: Draft, target_logits: Tensor, sampling: SamplingBatch) -> Acceptance:
         """Judge `draft` by the target's logits [B, N, V]."""
         kept = TopTokens(top=self.top).accept(draft, target_logits, sampling)
-        rows = torch.arange(len(draft.tokens), device=draft.tokens.device)
-        behind = target_logits[rows, kept.num_accepted][:, None]
+        behind = target_logits[list(range(len(kept.paths))), kept.num_accepted][:, None]
         # Behind an empty draft, speculative sampling draws from the target.
         own = SpeculativeSampling().accept(Draft.chain(draft.tokens[:, :1]), behind, sampling)
-        last = draft.num_nodes.to(rows.device) - 1
-        is_whole = (kept.num_accepted == last) & (last > 0)
-        num_accepted = kept.num_accepted - is_whole.long()
-        places = torch.arange(kept.path.shape[1], device=rows.device)
-        return Acceptance(
-            path=kept.path.where(places <= num_accepted[:, None], -1),
-            num_accepted=num_accepted,
-            next_token=torch.where(is_whole, draft.tokens[rows, last], own.next_token),
-            num_tried=kept.num_tried,
-        )
+        paths, next_tokens = kept.paths, own.next_tokens
+        tokens, sizes = draft.tokens.tolist(), draft.num_nodes.tolist()
+        for row, path in enumerate(paths):
+            if len(path) == sizes[row] > 1:
+                next_tokens[row] = tokens[row][path.pop()]
+        return Acceptance(paths, next_tokens, kept.num_tried)

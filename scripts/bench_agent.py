@@ -183,13 +183,10 @@ class Recorded:
         path = [0]
         while (path[-1], self._next(len(path) - 1)) in below:
             path.append(below[path[-1], self._next(len(path) - 1)])
-        accepted = len(path) - 1
-        next_token = self._next(accepted)
-        self.position += accepted + 1
-        count = torch.tensor([accepted])
-        padded = path + [-1] * (len(tokens) - len(path))
-        tried = torch.minimum(count + 1, draft.num_nodes - 1)
-        return Acceptance(torch.tensor([padded]), count, torch.tensor([next_token]), tried)
+        next_token = self._next(len(path) - 1)
+        self.position += len(path)
+        tried = min(len(path), int(draft.num_nodes[0]) - 1)
+        return Acceptance([path], [next_token], [tried])
 
     def _next(self, ahead: int) -> int:
         at = self.position + ahead

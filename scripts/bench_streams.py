@@ -159,7 +159,7 @@ def replay(drafter: Drafter, pairs: Ids) -> list[tuple[int, int, int]]:
             context = _context(text[:position], len(text) - position)
             draft = drafter.propose(context)
             outcome = recorded.accept(draft, torch.empty(0), context.sampling)
-            position += int(outcome.num_accepted) + 1
+            position += len(outcome.paths[0])
             steps, drafted = steps + 1, drafted + int(draft.num_nodes) - 1
         drafter.end(0, output)
         found.append((len(output), steps, drafted))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.judged import Judged
 from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
 from decode.sampling import SamplingBatch, draw
@@ -39,10 +40,10 @@ class BlockVerification:
             raise ValueError("BlockVerification judges chains; SpeculativeSampling takes any tree")
         target_probs = sampling.probs(target_logits)
         uniforms = sampling.uniforms(draft.num_nodes.tolist(), target_probs.device)
-        return accept_block(draft, target_probs, uniforms)
+        return accept_block(draft, target_probs, uniforms).on_host()
 
 
-def accept_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule.
 
     Args:
@@ -78,7 +79,7 @@ def accept_block(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accept
     nodes = torch.arange(width, device=target_probs.device)
     path = torch.where(nodes <= num_accepted[:, None], nodes, -1)
     num_tried = torch.minimum(num_accepted + 1, num_drafted)
-    return Acceptance(path, num_accepted, next_token, num_tried)
+    return Judged(path, num_accepted, next_token, num_tried)
 
 
 def _missing(draft: Draft, target_probs: Tensor, weight: Tensor, node: int) -> Tensor:

@@ -1,11 +1,9 @@
 """Greedy acceptance: a draft token is kept where it is the target's own argmax."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,25 +29,22 @@ class Greedy:
         # the shortest and the fastest way to write this.
         choice, tokens = _choice_of(target_logits), draft.tokens.tolist()
         parents = None if draft.is_chain else draft.parents.tolist()
-        width = draft.tokens.shape[1]
-        outcomes, next_tokens = [], []
+        paths, next_tokens, tries = [], [], []
         for row, num_nodes in enumerate(draft.num_nodes.tolist()):
-            path, num_tried, wanted = [0], 0, choice(row, 0)
+            path, num_tried, wanted, drafted = [0], 0, choice(row, 0), tokens[row]
             for node in range(1, num_nodes):  # parents come first: a child is met after its parent
                 parent = node - 1 if parents is None else parents[row][node]
                 if parent == path[-1]:
                     num_tried += 1
-                    if tokens[row][node] == wanted:
+                    if drafted[node] == wanted:
                         path.append(node)
                         wanted = choice(row, node)
-            outcomes.append((len(path) - 1, num_tried, *path, *[-1] * (width - len(path))))
+                    elif parents is None:
+                        break  # nothing else hangs there
+            paths.append(path)
             next_tokens.append(wanted)
-        device = target_logits.device
-        if len(outcomes) == 1:  # the same few outcomes again and again: their tensors are kept
-            count, tried, paths = _columns_of_one(outcomes[0], device)
-            return Acceptance(paths, count, _token(next_tokens[0], device), tried)
-        count, tried, paths = _columns(outcomes, device)
-        return Acceptance(paths, count, torch.tensor(next_tokens, device=device), tried)
+            tries.append(num_tried)
+        return Acceptance(paths, next_tokens, tries)
 
 
 def _choice_of(logits: Tensor) -> Callable[[int, int], int]:
@@ -62,21 +57,3 @@ def _choice_of(logits: Tensor) -> Callable[[int, int], int]:
         return lambda row, node: int(rows[row, node].argmax())
     choices = logits.argmax(-1).tolist()
     return lambda row, node: int(choices[row][node])
-
-
-def _columns(outcomes: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers of accepted [B] and of tried tokens [B], and the paths [B, N]."""
-    # By way of numpy: small tensors are made from lists at several times the cost.
-    columns = np.array(outcomes)
-    parts = (columns[:, 0], columns[:, 1], columns[:, 2:])
-    return tuple(torch.from_numpy(part).to(device) for part in parts)
-
-
-@lru_cache(maxsize=1024)
-def _columns_of_one(outcome: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    return _columns([outcome], device)
-
-
-@lru_cache(maxsize=8192)
-def _token(token: int, device: torch.device) -> Tensor:
-    return torch.tensor([token], device=device)

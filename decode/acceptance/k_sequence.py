@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.judged import Judged
 from decode.acceptance.sampling import accept_chain, accept_tree
 from decode.acceptance.tree import Selection, Siblings, descend
 from decode.draft import Draft
@@ -45,13 +46,13 @@ class KSequence:
         target_probs = sampling.probs(target_logits)
         uniforms = sampling.uniforms(draft.num_nodes.tolist(), target_probs.device)
         if draft.is_chain:
-            return accept_chain(draft, target_probs, uniforms)
-        if draft.probs is None:
-            return accept_tree(draft, target_probs, uniforms)
-        return accept_k_sequence(draft, target_probs, uniforms)
+            accept = accept_chain
+        else:
+            accept = accept_tree if draft.probs is None else accept_k_sequence
+        return accept(draft, target_probs, uniforms).on_host()
 
 
-def accept_k_sequence(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_k_sequence(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule on trees; the arguments are those of `descend`."""
     return descend(draft, target_probs, uniforms, select_k_sequence)
 

@@ -59,7 +59,7 @@ class Lenient:
             raise ValueError("Lenient judges independent children, not ones without replacement")
         target_probs = sampling.probs(target_logits)
         uniforms = sampling.uniforms(draft.num_nodes.tolist(), target_probs.device)
-        return descend(draft, target_probs, uniforms, self.select)
+        return descend(draft, target_probs, uniforms, self.select).on_host()
 
     def select(self, target_probs: Tensor, siblings: Siblings) -> Selection:
         """Judge the children of one node."""

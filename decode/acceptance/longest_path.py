@@ -19,13 +19,12 @@ def longest_path(
         next_tokens: [B, N] what follows where the path ends at node n.
         min_accepted: how many levels of a draft are accepted whatever they hold.
     """
-    width = draft.tokens.shape[1]
     rows = torch.arange(len(draft.tokens), device=draft.tokens.device)[:, None]
     parents = draft.parents.clamp(min=0)
     is_good = acceptable[rows, parents, draft.tokens].tolist()
     score = scores[rows, parents, draft.tokens].log().tolist()
     tokens_after, above = next_tokens.tolist(), draft.parents.tolist()
-    outcomes = []
+    paths, tokens, tries = [], [], []
     for row, num_nodes in enumerate(draft.num_nodes.tolist()):
         depth = {0: 0}  # of the nodes whose whole path is acceptable
         value = {0: 0.0}
@@ -44,8 +43,7 @@ def longest_path(
         while node >= 0:
             path.append(node)
             node = above[row][node]
-        count = len(path) - 1
-        padding = [-1] * (width - len(path))
-        outcomes.append([count, tokens_after[row][best], num_tried, *reversed(path), *padding])
-    columns = torch.tensor(outcomes, device=draft.tokens.device)
-    return Acceptance(columns[:, 3:], columns[:, 0], columns[:, 1], columns[:, 2])
+        paths.append(path[::-1])
+        tokens.append(tokens_after[row][best])
+        tries.append(num_tried)
+    return Acceptance(paths, tokens, tries)

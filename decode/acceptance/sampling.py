@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.judged import Judged
 from decode.acceptance.tree import descend, one_by_one
 from decode.draft import Draft
 from decode.protocols import Acceptance, Exactness
@@ -41,12 +42,11 @@ class SpeculativeSampling:
         target_probs = sampling.probs(target_logits)
         counts = draft.num_nodes.tolist()
         uniforms = sampling.uniforms(counts, target_probs.device)
-        if draft.is_chain:
-            return accept_chain(draft, target_probs, uniforms)
-        return accept_tree(draft, target_probs, uniforms)
+        accept = accept_chain if draft.is_chain else accept_tree
+        return accept(draft, target_probs, uniforms).on_host()
 
 
-def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule on chains: only the drafted tokens' probabilities and one residual row are touched.
 
     Args:
@@ -85,10 +85,10 @@ def accept_chain(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Accept
     weights = torch.where(use_residual[:, None], residual, target_row)
     next_token = draw(weights, uniforms[rows, num_drafted])
     path = torch.where(nodes <= num_accepted[:, None], nodes, -1)
-    return Acceptance(path, num_accepted, next_token, num_tried, expected)
+    return Judged(path, num_accepted, next_token, num_tried, expected)
 
 
-def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_tree(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule on any tree of independent children, and the reference for `accept_chain`.
 
     The arguments are those of `descend`.

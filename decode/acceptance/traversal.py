@@ -10,6 +10,7 @@ from torch import Tensor
 
 from decode.acceptance.block import accept_block
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.judged import Judged
 from decode.acceptance.tree import unchanged
 from decode.acceptance.without_replacement import without
 from decode.draft import Draft
@@ -38,12 +39,11 @@ class TraversalVerification:
             return GREEDY.accept(draft, target_logits, sampling)
         target_probs = sampling.probs(target_logits)
         uniforms = sampling.uniforms(draft.num_nodes.tolist(), target_probs.device)
-        if draft.is_chain:
-            return accept_block(draft, target_probs, uniforms)
-        return accept_traversal(draft, target_probs, uniforms)
+        accept = accept_block if draft.is_chain else accept_traversal
+        return accept(draft, target_probs, uniforms).on_host()
 
 
-def accept_traversal(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_traversal(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule.
 
     Args:
@@ -74,7 +74,7 @@ def accept_traversal(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Ac
         ends[rows], remaining[rows] = walk.ends, walk.remaining
     all_rows = torch.arange(batch, device=ends.device)
     next_token = draw(remaining, uniforms[all_rows, draft.num_nodes - 1])
-    return _acceptance(draft, ends, next_token)
+    return _judged(draft, ends, next_token)
 
 
 class _Walk:
@@ -130,7 +130,7 @@ class _Walk:
         self.remaining = torch.where(is_accepted[:, None], wanted, self.remaining)
 
 
-def _acceptance(draft: Draft, ends: Tensor, next_token: Tensor) -> Acceptance:
+def _judged(draft: Draft, ends: Tensor, next_token: Tensor) -> Judged:
     """The path to each end; tried are its tokens, their elder siblings and the end's children."""
     parents = draft.parents.tolist()
     width = draft.tokens.shape[1]
@@ -152,7 +152,7 @@ def _acceptance(draft: Draft, ends: Tensor, next_token: Tensor) -> Acceptance:
         counts.append(len(path) - 1)
         paths.append(path + [-1] * (width - len(path)))
     device = ends.device
-    return Acceptance(
+    return Judged(
         torch.tensor(paths, device=device),
         torch.tensor(counts, device=device),
         next_token,

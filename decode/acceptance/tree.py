@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from decode.acceptance.judged import Judged
 from decode.draft import Draft
-from decode.protocols import Acceptance
 from decode.sampling import draw
 
 
@@ -52,7 +52,7 @@ class Selection(NamedTuple):
 Select = Callable[[Tensor, Siblings], Selection]  # of the target's probabilities [B, V]
 
 
-def descend(draft: Draft, target_probs: Tensor, uniforms: Tensor, select: Select) -> Acceptance:
+def descend(draft: Draft, target_probs: Tensor, uniforms: Tensor, select: Select) -> Judged:
     """Walk down the tree by `select`, level by level, all sequences at once.
 
     Args:
@@ -97,7 +97,7 @@ def descend(draft: Draft, target_probs: Tensor, uniforms: Tensor, select: Select
         behind = torch.where(is_going[:, None], target_probs[rows, node], found.remaining)
         remaining = torch.where(valid.any(1)[:, None], behind, remaining)
     next_token = draw(remaining, uniforms[rows, draft.num_nodes - 1])
-    return Acceptance(path, depth, next_token, num_tried, expected)
+    return Judged(path, depth, next_token, num_tried, expected)
 
 
 def unchanged(law: Tensor, token: Tensor) -> Tensor:

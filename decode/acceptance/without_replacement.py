@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decode.acceptance.greedy import Greedy
+from decode.acceptance.judged import Judged
 from decode.acceptance.sampling import accept_chain
 from decode.acceptance.tree import descend, one_by_one
 from decode.draft import Draft
@@ -44,12 +45,11 @@ class RecursiveRejection:
             )
         target_probs = sampling.probs(target_logits)
         uniforms = sampling.uniforms(draft.num_nodes.tolist(), target_probs.device)
-        if draft.is_chain:
-            return accept_chain(draft, target_probs, uniforms)
-        return accept_distinct(draft, target_probs, uniforms)
+        accept = accept_chain if draft.is_chain else accept_distinct
+        return accept(draft, target_probs, uniforms).on_host()
 
 
-def accept_distinct(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Acceptance:
+def accept_distinct(draft: Draft, target_probs: Tensor, uniforms: Tensor) -> Judged:
     """The rule on trees; the arguments are those of `descend`."""
     return descend(draft, target_probs, uniforms, select_distinct)
 

@@ -131,7 +131,7 @@ class HybridDrafter(Drafter):
         if not self._choices:  # a prompt's own forward
             self.trained.observe(context, draft, acceptance, target_logits)
             return
-        counts = acceptance.num_accepted.tolist()
+        counts = acceptance.num_accepted
         for promised, count, choice in zip(self._promised, counts, self._choices, strict=True):
             if choice is Choice.SUFFIX:
                 _count(self._scores[_bin(promised)], count)
@@ -142,10 +142,9 @@ class HybridDrafter(Drafter):
             rows = [row for row, choice in enumerate(self._choices) if choice is Choice.TRAINED]
             width = own.tokens.shape[1]
             told = Acceptance(
-                acceptance.path[rows, :width],
-                acceptance.num_accepted[rows],
-                acceptance.next_token[rows],
-                acceptance.num_tried[rows],
+                [acceptance.paths[row] for row in rows],
+                [acceptance.next_tokens[row] for row in rows],
+                [acceptance.num_tried[row] for row in rows],
             )
             self.trained.observe(part, own, told, target_logits[rows, :width])
         self._choices, self._of_trained = [], None

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from decode.draft import Draft
 from decode.draft_length import Constant, DraftLength
+from decode.drafters.chain import Chain
 from decode.drafters.reading import Reader
 from decode.penalty import apply_penalty, tokens_seen
 from decode.protocols import Acceptance, Context, Drafter
-from decode.sampling import argmax, draw
+from decode.sampling import draw
 from decode.target import Target
 
 
@@ -38,6 +39,7 @@ class LMDrafter(Drafter):
         """
         self.length = Constant(draft_length) if isinstance(draft_length, int) else draft_length
         self.reader = Reader(model, target=target)
+        self._chains: dict[tuple[int, int], Chain] = {}
         # slot -> how sure of each token of the last draft, where that is looked at
         self._confidences: dict[int, list[float]] = {}
 
@@ -51,7 +53,7 @@ class LMDrafter(Drafter):
         reader = self.reader
         slots = context.slots
         counts = reader.depths(context, self.length.choose(slots))
-        roots = context.roots.to(reader.device)
+        roots = context.roots if reader.is_on_cpu else context.roots.to(reader.device)
         longest = max(counts)
         if longest == 0:
             return Draft.chain(roots)
@@ -60,7 +62,9 @@ class LMDrafter(Drafter):
         if not is_greedy:
             uniforms = sampling.uniforms(counts, reader.device)
         logits = reader.catch_up(context, roots, counts, commit_roots=True)
-        tokens, laws = [roots], []
+        chain = self._chain(len(slots), longest + 1)
+        chain.columns[0].copy_(roots)
+        laws = []
         are_even = min(counts) == longest
         one_each = [1] * len(slots)
         threshold = self.length.min_confidence
@@ -70,7 +74,7 @@ class LMDrafter(Drafter):
             seen = tokens_seen(context, logits.shape[-1]).to(reader.device)
         for step in range(longest):
             if seen is not None:
-                seen.scatter_(1, tokens[-1], True)
+                seen.scatter_(1, chain.columns[step], True)
                 logits = apply_penalty(logits, seen[:, None], context)
             if threshold > 0:
                 self._stop_where_unsure(logits, slots, counts, step)
@@ -78,14 +82,13 @@ class LMDrafter(Drafter):
                 if step >= longest:
                     break
             if is_greedy:
-                token = argmax(logits)
+                chain.put_likeliest(step + 1, logits)
             else:
                 laws.append(sampling.probs(logits[:, 0]))
-                token = draw(laws[-1], uniforms[:, step])[:, None]
-            tokens.append(token)
+                chain.columns[step + 1].copy_(draw(laws[-1], uniforms[:, step])[:, None])
             if step + 1 < longest:
                 read = one_each if are_even else [int(step + 1 < count) for count in counts]
-                logits = reader.read(slots, token, commit=read)
+                logits = reader.read(slots, chain.columns[step + 1], commit=read)
         # Row n is the law of node n's children; the last node has none.
         probs = None
         if laws:
@@ -93,18 +96,19 @@ class LMDrafter(Drafter):
         num_nodes = None  # all are as deep as the deepest
         if not are_even:
             num_nodes = torch.tensor(counts, device=reader.device) + 1
-        return Draft.chain(torch.cat(tokens, dim=1), num_nodes=num_nodes, probs=probs)
+        tokens = chain.tokens if threshold == 0 else chain.tokens[:, : longest + 1]
+        return Draft.chain(tokens, num_nodes=num_nodes, probs=probs)
 
     def observe(
         self, context: Context, draft: Draft, acceptance: Acceptance, target_logits: Tensor
     ) -> None:
         """Forget what was rejected: committed tokens and the accepted path stay."""
-        lengths, accepted = context.lengths, acceptance.num_accepted.tolist()
-        kept = [length + count for length, count in zip(lengths, accepted, strict=True)]
-        slots = context.slots
-        self.reader.cache.truncate(slots, kept)
+        slots, paths = context.slots, acceptance.paths
+        for row, slot in enumerate(slots):
+            self.reader.cache.truncate(slot, context.lengths[row] + len(paths[row]) - 1)
         if isinstance(self.length, Constant):
             return  # it learns nothing
+        accepted = acceptance.num_accepted
         drafted = [count - 1 for count in draft.num_nodes.tolist()]
         confidences = [self._confidences.get(slot, []) for slot in slots]
         self.length.observe(slots, drafted, accepted, confidences)
@@ -112,6 +116,13 @@ class LMDrafter(Drafter):
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""
         self.reader.cache.release(slot)
+
+    def _chain(self, batch: int, width: int) -> Chain:
+        """Where the tokens of this step go."""
+        known = self._chains.get((batch, width))
+        if known is None:
+            known = self._chains[batch, width] = Chain(batch, width, self.reader.device)
+        return known
 
     def _stop_where_unsure(
         self, logits: Tensor, slots: list[int], counts: list[int], step: int

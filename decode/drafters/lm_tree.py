@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -67,16 +66,11 @@ class LMTreeDrafter(Drafter):
         """Keep the keys of the accepted path, as far down as it was read."""
         slots = context.slots
         kept = []
-        for slot, path, count in zip(
-            slots, acceptance.path.tolist(), acceptance.num_accepted.tolist(), strict=True
-        ):
+        for slot, path in zip(slots, acceptance.paths, strict=True):
             places = self._places.pop(slot, [])
-            on_path = [places[node] for node in path[: count + 1]] if places else []
+            on_path = [places[node] for node in path] if places else []
             kept.append([place for place in on_path if place >= 0])
-        counts = [len(row) for row in kept]
-        width = max(counts)
-        paths = torch.tensor([row + [0] * (width - len(row)) for row in kept], dtype=torch.long)
-        self.reader.cache.commit(slots, counts, paths.to(self.reader.device))
+        self.reader.cache.commit_paths(slots, kept)
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""

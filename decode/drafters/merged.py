@@ -108,19 +108,16 @@ class MergedDrafter(Drafter):
 
 def _of_own(own: Draft, merged: Acceptance, places: list[list[int]] | None) -> Acceptance:
     """What was accepted of one drafter's tree, as far down as the accepted path is its own."""
-    path = torch.full_like(own.tokens, -1)
-    path[:, 0] = 0
-    counts = []
-    for row, (nodes, count) in enumerate(
-        zip(merged.path.tolist(), merged.num_accepted.tolist(), strict=True)
-    ):
+    paths = []
+    for row, nodes in enumerate(merged.paths):
         here = {place: node for node, place in enumerate(places[row])} if places else {}
-        depth = 0
-        while depth < count and nodes[depth + 1] in here:
-            depth += 1
-            path[row, depth] = here[nodes[depth]]
-        counts.append(depth)
-    num_accepted = torch.tensor(counts, device=path.device)
+        path = [0]
+        for node in nodes[1:]:
+            if node not in here:
+                break
+            path.append(here[node])
+        paths.append(path)
     # A drafter does not see which of its tokens were tried: those accepted, and one more.
-    num_tried = torch.minimum(num_accepted + 1, own.num_nodes - 1)
-    return Acceptance(path, num_accepted, merged.next_token, num_tried)
+    sizes = own.num_nodes.tolist()
+    tried = [min(len(path), size - 1) for path, size in zip(paths, sizes, strict=True)]
+    return Acceptance(paths, merged.next_tokens, tried)

@@ -45,6 +45,7 @@ class Reader:
         )
         self.cache = self.cached.cache
         self.device = target.device
+        self.is_on_cpu = target.device.type == "cpu"  # nothing has to be moved there
         head = trimmed_head(model)
         num_ids = self.cached.vocab_size if head is None else head.out_features
         self.num_choices = min(target.vocab_size, num_ids)
@@ -71,11 +72,10 @@ class Reader:
 
         The model reads one token less than it drafts; its own context may be the shorter one.
         """
-        longest = self.cached.max_length + 1
-        return [
-            max(0, min(depth, room, longest - length))
-            for depth, room, length in zip(wanted, context.room, context.lengths, strict=True)
-        ]
+        longest, found = self.cached.max_length + 1, []
+        for row, depth in enumerate(wanted):
+            found.append(max(0, min(depth, context.room[row], longest - context.lengths[row])))
+        return found
 
     def catch_up(
         self, context: Context, roots: Tensor, depths: list[int], *, commit_roots: bool
@@ -94,21 +94,22 @@ class Reader:
             [B, 1, V] logits behind the root.
         """
         slots, lengths = context.slots, context.lengths
-        cached = [self.cache.lengths[slot] for slot in slots]
-        missing = [
-            length - done if depth else 0
-            for length, done, depth in zip(lengths, cached, depths, strict=True)
-        ]
+        cached, missing = self.cache.lengths, []
+        for row, slot in enumerate(slots):
+            missing.append(lengths[row] - cached[slot] if depths[row] else 0)
         width = max(missing)
         if width == 1:
             tokens = roots
         elif len(slots) == 1:
-            tokens = context.tokens.narrow(1, cached[0], width)
+            tokens = context.tokens.narrow(1, cached[slots[0]], width)
         else:
-            columns = torch.tensor(cached)[:, None] + torch.arange(width)
+            starts = torch.tensor([cached[slot] for slot in slots])
+            columns = starts[:, None] + torch.arange(width)
             tokens = context.tokens.gather(1, columns.clamp(max=context.tokens.shape[1] - 1))
         committed = missing if commit_roots else [max(0, count - 1) for count in missing]
-        logits = self.read(slots, tokens.to(self.device), commit=committed)
+        if not self.is_on_cpu:
+            tokens = tokens.to(self.device)
+        logits = self.read(slots, tokens, commit=committed)
         if min(missing) == width:
             return logits if width == 1 else logits[:, -1:]
         last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
@@ -124,8 +125,9 @@ class Reader:
         commit: list[int] | None = None,
     ) -> Tensor:
         """[B, N, V] logits over the target's vocabulary; the arguments are the cached model's."""
-        readable = self._readable(tokens)
-        output = self.cached.forward(slots, readable, tree=tree, num_read=num_read, commit=commit)
+        if self._surplus > 0:
+            tokens = self._readable(tokens)
+        output = self.cached.forward(slots, tokens, tree=tree, num_read=num_read, commit=commit)
         if self._surplus == 0:
             return output.logits
         # Ids that only the drafter has are cut off, ids that only the target has are impossible.

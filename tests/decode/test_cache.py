@@ -43,10 +43,7 @@ def chain_below(prompts, tails) -> Draft:
 
 def keep(*paths: list[int]) -> Acceptance:
     """The rule's word: these nodes, root first."""
-    width = max(map(len, paths))
-    counts = torch.tensor([len(path) - 1 for path in paths])
-    padded = torch.tensor([path + [-1] * (width - len(path)) for path in paths])
-    return Acceptance(padded, counts, torch.zeros_like(counts), counts)
+    return Acceptance(list(paths), [0] * len(paths), [len(path) - 1 for path in paths])
 
 
 # Every sequence gets the same tree:  root - 40 - 42 - 43
@@ -171,7 +168,8 @@ def test_truncated_tokens_never_were(tiny, architecture):
     verified(target, SLOTS, draft)
     target.commit(SLOTS, draft, keep([0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]))
     cache = target.cached.cache
-    cache.truncate([0, 2], [len(PROMPTS[0]) + 1, len(PROMPTS[2])])
+    cache.truncate(0, len(PROMPTS[0]) + 1)
+    cache.truncate(2, len(PROMPTS[2]))
     texts = [[*PROMPTS[0], 40, 7], [*PROMPTS[1], 40, 41, 42, 7], [*PROMPTS[2], 7]]
     logits = verified(target, SLOTS, chain_below(texts, [[50]] * 3))
     for row, text in enumerate(texts):
@@ -180,7 +178,7 @@ def test_truncated_tokens_never_were(tiny, architecture):
 
 def test_truncation_never_lengthens(tiny):
     cache = prefilled(tiny("llama")).cached.cache
-    cache.truncate([0], [50])
+    cache.truncate(0, 50)
     assert cache.lengths[0] == len(PROMPTS[0]) - 1
 
 

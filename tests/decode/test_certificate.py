@@ -27,10 +27,9 @@ class TakesAll:
     exactness = Exactness.GREEDY
 
     def accept(self, draft: Draft, target_logits: torch.Tensor, sampling: object) -> Acceptance:
-        width = draft.tokens.shape[1]
-        count = torch.full((len(draft.tokens),), width - 1)
-        path = torch.arange(width).expand_as(draft.tokens)
-        return Acceptance(path, count, target_logits[:, -1].argmax(-1), count)
+        batch, width = draft.tokens.shape
+        paths = [list(range(width)) for _ in range(batch)]
+        return Acceptance(paths, target_logits[:, -1].argmax(-1).tolist(), [width - 1] * batch)
 
 
 def test_a_bug_is_found_and_told_from_rounding(tiny, perturbed, prompt, monkeypatch):

@@ -68,26 +68,20 @@ def begin(drafter: Drafter, texts: Sequence[list[int]], slots: Sequence[int] | N
 
 def accept(draft: Draft, counts: Sequence[int], next_token: int) -> Acceptance:
     """The first `counts[b]` nodes on the way to the last of the deepest nodes of tree b."""
-    paths = torch.full_like(draft.tokens, -1)
+    paths, tried = [], []
     depths = draft.depths() * draft.valid
     for row, count in enumerate(counts):
         node = int((depths[row] == depths[row].max()).nonzero()[-1])
         path = [node]
         while path[0]:
             path.insert(0, int(draft.parents[row, path[0]]))
-        paths[row, : count + 1] = torch.tensor(path[: count + 1])
-    num_accepted = (paths >= 0).sum(1) - 1
-    tried = torch.minimum(num_accepted + 1, draft.num_nodes - 1)
-    return Acceptance(paths, num_accepted, torch.full_like(num_accepted, next_token), tried)
+        paths.append(path[: count + 1])
+        tried.append(min(len(paths[-1]), int(draft.num_nodes[row]) - 1))
+    return Acceptance(paths, [next_token] * len(paths), tried)
 
 
 def accepted_tokens(draft: Draft, acceptance: Acceptance) -> list[list[int]]:
-    return [
-        draft.tokens[row, path[1 : count + 1]].tolist()
-        for row, (path, count) in enumerate(
-            zip(acceptance.path, acceptance.num_accepted, strict=True)
-        )
-    ]
+    return [draft.tokens[row, path[1:]].tolist() for row, path in enumerate(acceptance.paths)]
 
 
 def drafted(draft: Draft) -> list[list[int]]:

@@ -114,9 +114,8 @@ def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
         SamplingBatch.of([SamplingParams()], [generator_for(0, "a")]),
     )
     draft = drafter.propose(context)
-    count = torch.tensor([min(accepted, draft.tokens.shape[1] - 1)])
-    path = torch.arange(draft.tokens.shape[1])[None]
-    outcome = Acceptance(path, count, torch.tensor([9]), count)
+    count = min(accepted, draft.tokens.shape[1] - 1)
+    outcome = Acceptance([list(range(count + 1))], [9], [count])
     drafter.observe(context, draft, outcome, torch.zeros(*draft.tokens.shape, 2))
     return draft.tokens[0, 1:].tolist()
 

@@ -308,11 +308,8 @@ def test_no_token_is_read_twice_and_read_ones_are_kept(setting):
     draft = proposed(drafter, texts)
     assert widths == [1, 2, 4]  # the root, and the nodes that have children
     assert draft.tokens.shape[1] == 15
-    path = torch.full_like(draft.tokens, -1)
-    path[0, :4] = torch.tensor([0, 2, 5, 11])  # a leaf
-    path[1, :2] = torch.tensor([0, 1])
-    counts = torch.tensor([3, 1])
-    acceptance = Acceptance(path, counts, torch.tensor([9, 9]), counts)
+    to_leaf = [0, 2, 5, 11]
+    acceptance = Acceptance([to_leaf, [0, 1]], [9, 9], [3, 1])
     drafter.observe(context_of(texts), draft, acceptance, torch.zeros(0))
     # Text, root included, and the nodes read: all but the leaf.
     assert drafter.reader.cache.lengths[:2] == [len(texts[0]) + 2, len(texts[1]) + 1]

@@ -34,11 +34,8 @@ class Fixed(Drafter):
         return Draft.from_lists(roots, [self.tokens for _ in roots], [self.parents for _ in roots])
 
     def observe(self, context, draft, acceptance, target_logits):
-        counts = acceptance.num_accepted.tolist()
-        self.told += [
-            draft.tokens[row, path[1 : count + 1]].tolist()
-            for row, (path, count) in enumerate(zip(acceptance.path, counts, strict=True))
-        ]
+        paths = acceptance.paths
+        self.told += [draft.tokens[row, path[1:]].tolist() for row, path in enumerate(paths)]
 
 
 def test_equal_paths_become_one_and_each_is_told_its_own(tiny, prompt, greedy):

@@ -234,9 +234,7 @@ def test_token_recycling_drafts_what_was_likely_behind_each_token():
     logits[0, 2, [0, 1]] = torch.tensor([2.0, 1.0])  # behind 5, which was rejected
     logits[0, 3, 2] = 9.0  # padding
     seen = Draft(torch.tensor([[1, 2, 5, 3]]), torch.tensor([[-1, 0, 1, 2]]), torch.tensor([3]))
-    accepted = torch.tensor([1])
-    path = torch.tensor([[0, 1, -1, -1]])
-    outcome = Acceptance(path, accepted, torch.tensor([0]), accepted)
+    outcome = Acceptance([[0, 1]], [0], [1])
     drafter.observe(context, seen, outcome, logits)
     draft = drafter.propose(context)
     assert draft.tokens.tolist() == [[1, 2, 3, 5, 4, 0]]

@@ -102,20 +102,18 @@ def test_a_tree_is_read_and_a_path_committed_as_if_from_scratch(
         for slot, text in zip(slots, texts, strict=True):
             cached.forward([slot], torch.tensor([text]), commit=[len(text)])
         logits = cached.forward(slots, draft.tokens, tree=draft).logits
-        paths, counts = [], []
+        paths = []
         for row, text in enumerate(texts):
             for node in range(int(draft.num_nodes[row])):
                 path = path_to(draft, row, node)
                 tokens = [*text, *draft.tokens[row, path].tolist()]
                 expected = model(torch.tensor([tokens])).logits[0, -1]
                 torch.testing.assert_close(logits[row, node], expected, atol=2e-4, rtol=1e-3)
-            path = path_to(draft, row, min(leaf[row], int(draft.num_nodes[row]) - 1))
-            counts.append(len(path))
-            paths.append(path + [0] * (9 - len(path)))
-        cached.cache.commit(slots, counts, torch.tensor(paths))
+            paths.append(path_to(draft, row, min(leaf[row], int(draft.num_nodes[row]) - 1)))
+        cached.cache.commit_paths(slots, paths)
         after = cached.forward(slots, torch.tensor([[7], [8]])).logits[:, 0]
         for row, (text, extra) in enumerate(zip(texts, (7, 8), strict=True)):
-            kept = draft.tokens[row, paths[row][: counts[row]]].tolist()
+            kept = draft.tokens[row, paths[row]].tolist()
             expected = model(torch.tensor([[*text, *kept, extra]])).logits[0, -1]
             torch.testing.assert_close(after[row], expected, atol=2e-4, rtol=1e-3)
     cached.cache.check_integrity()

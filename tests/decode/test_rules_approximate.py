@@ -55,13 +55,7 @@ def logits_of(*rows: list[float]) -> Tensor:
 
 def outcome(acceptance: Acceptance) -> tuple[list[list[int]], list[int]]:
     """Accepted paths and next tokens."""
-    paths = [
-        path[: count + 1]
-        for path, count in zip(
-            acceptance.path.tolist(), acceptance.num_accepted.tolist(), strict=True
-        )
-    ]
-    return paths, acceptance.next_token.tolist()
+    return acceptance.paths, acceptance.next_tokens
 
 
 @pytest.mark.parametrize("rule", APPROXIMATE, ids=lambda rule: type(rule).__name__)
@@ -99,7 +93,7 @@ def test_at_its_strictest_a_rule_is_greedy(rule):
     draft = Draft(tokens, draft.parents, draft.num_nodes)
     ours, greedy = (r.accept(draft, logits, sampling(B)) for r in (rule, Greedy()))
     assert outcome(ours) == outcome(greedy)
-    assert len(ours.num_accepted.unique()) >= 3
+    assert len(set(ours.num_accepted)) >= 3
 
 
 def test_top_tokens_by_rank_and_by_gap():
@@ -167,7 +161,7 @@ def test_of_several_paths_the_longest_is_kept_and_of_these_the_likeliest():
     )
     found = TopTokens(top=3).accept(draft, logits, sampling(1))
     assert outcome(found) == ([[0, 3, 5]], [1])
-    assert found.num_tried.tolist() == [5]
+    assert found.num_tried == [5]
 
 
 @pytest.mark.parametrize("form", ["linear", "square", "exponential"])
@@ -193,7 +187,8 @@ def test_lenience_raises_no_token_above_its_bound():
     )
     rule = Lenient(lenience=lenience)
     found = rule.accept(draft, target.log().expand(count, 2, 4), sampling(count, 1.0))
-    first = torch.where(found.num_accepted == 1, tokens, found.next_token)
+    is_accepted = torch.tensor(found.num_accepted) == 1
+    first = torch.where(is_accepted, tokens, torch.tensor(found.next_tokens))
     shares = Counter(first.tolist())
     frequencies = torch.tensor([shares[token] / count for token in range(4)])
     assert (frequencies <= target / lenience + 0.005).all()
@@ -212,8 +207,8 @@ def test_greedy_lenience_is_by_the_share_of_the_likeliest():
 def test_drafts_of_the_root_alone_are_accepted(rule, temperature):
     draft = Draft.chain(torch.tensor([[3], [4]]))
     found = rule.accept(draft, random_logits()[:2, :1], sampling(2, temperature))
-    assert found.num_accepted.tolist() == [0, 0]
-    assert found.num_tried.tolist() == [0, 0]
+    assert found.num_accepted == [0, 0]
+    assert found.num_tried == [0, 0]
 
 
 def test_drafts_that_a_rule_cannot_judge_are_refused():

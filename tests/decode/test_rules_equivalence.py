@@ -6,6 +6,7 @@ from torch import Tensor
 
 from decode import Acceptance, Draft, SamplingBatch, SamplingParams
 from decode.acceptance import Greedy, SpeculativeSampling
+from decode.acceptance.judged import Judged
 from decode.acceptance.sampling import accept_chain, accept_tree
 from decode.sampling import generator_for, warp
 
@@ -48,15 +49,17 @@ def random_trees(*, certain: bool = True, laws: Tensor | None = None) -> Draft:
     return Draft(tokens, parents, num_nodes, None if certain else laws)
 
 
-def same(ours: Acceptance, theirs: Acceptance, *, but: tuple[str, ...] = ()) -> None:
-    for name in Acceptance._fields:
+def same(
+    ours: Acceptance | Judged, theirs: Acceptance | Judged, *, but: tuple[str, ...] = ()
+) -> None:
+    for name in ours._fields:
         if name not in but:
             one, other = getattr(ours, name), getattr(theirs, name)
             torch.testing.assert_close(one, other, msg=lambda text, name=name: name + text)
 
 
-def is_varied(acceptance: Acceptance) -> bool:
-    return len(acceptance.num_accepted.unique()) >= N - 2
+def is_varied(judged: Judged) -> bool:
+    return len(judged.num_accepted.unique()) >= N - 2
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_a_cold_target_is_greedy(target_logits, shape, temperature):
     expected = Greedy().accept(draft, target_logits, params)
     found = SpeculativeSampling().accept(draft, target_logits, params)
     same(found, expected, but=("expected_accepted",))
-    assert len(expected.num_accepted.unique()) > 2
+    assert len(set(expected.num_accepted)) > 2
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
@@ -134,8 +137,8 @@ def test_greedy_and_sampled_sequences_share_a_batch(target_logits, shape):
     warm = SpeculativeSampling().accept(draft, target_logits, sampling(*[WARM] * B))
     for row in range(B):
         expected = greedy if row % 2 else warm
-        assert mixed.path[row].tolist() == expected.path[row].tolist()
-        assert mixed.next_token[row] == expected.next_token[row]
+        assert mixed.paths[row] == expected.paths[row]
+        assert mixed.next_tokens[row] == expected.next_tokens[row]
         assert mixed.num_tried[row] == expected.num_tried[row]
 
 
@@ -163,10 +166,10 @@ def test_greedy_walks_down_the_tree():
     for node, token in wants.items():
         logits[0, node, token] = 1.0
     found = Greedy().accept(draft, logits, sampling(SamplingParams()))
-    assert found.path.tolist() == [[0, 2, 4, -1, -1, -1]]
-    assert found.num_accepted.tolist() == [2]
-    assert found.next_token.tolist() == [6]
-    assert found.num_tried.tolist() == [3]  # 1, then 4, then 5; what hangs below 1 was not tried
+    assert found.paths == [[0, 2, 4]]
+    assert found.num_accepted == [2]
+    assert found.next_tokens == [6]
+    assert found.num_tried == [3]  # 1, then 4, then 5; what hangs below 1 was not tried
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SpeculativeSampling()])
@@ -174,17 +177,16 @@ def test_without_a_draft_the_target_speaks_alone(target_logits, rule):
     draft = Draft.chain(torch.zeros(B, 1, dtype=torch.long))
     params = SamplingParams() if isinstance(rule, Greedy) else WARM
     found = rule.accept(draft, target_logits[:, :1], sampling(*[params] * B))
-    assert found.path.tolist() == [[0]] * B
-    assert not found.num_accepted.any()
-    assert not found.num_tried.any()
+    assert found.paths == [[0]] * B
+    assert not any(found.num_tried)
     law = warp(target_logits[:, 0], params)
-    assert (law.gather(1, found.next_token[:, None]) > 0).all()
+    assert (law.gather(1, torch.tensor(found.next_tokens)[:, None]) > 0).all()
 
 
 def test_a_drafter_with_the_targets_law_is_always_right(target_logits):
     chain = random_chains(target_logits)
     logits = chain.probs.log()
     found = SpeculativeSampling().accept(chain, logits, sampling(*[WARM] * B))
-    assert torch.equal(found.num_accepted, chain.num_nodes - 1)
+    assert found.num_accepted == (chain.num_nodes - 1).tolist()
     expected = found.expected_accepted.reshape(B, -1).sum(1)
-    torch.testing.assert_close(expected, found.num_tried.float())
+    torch.testing.assert_close(expected, torch.tensor(found.num_tried).float())

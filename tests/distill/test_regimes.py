@@ -245,8 +245,8 @@ def test_a_token_has_the_law_of_speculative_kd():
     sampling = SamplingBatch.of([SamplingParams(temperature=1.0)] * count, generators)
     logits = p.log().expand(count, 2, 6)
     found = DraftedWhereLikely(top).accept(draft, logits, sampling)
-    assert not found.num_accepted.any()  # one token each, from whomever
-    shares = found.next_token.bincount(minlength=6) / count
+    assert not any(found.num_accepted)  # one token each, from whomever
+    shares = torch.tensor(found.next_tokens).bincount(minlength=6) / count
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.025)
 
 
@@ -256,12 +256,11 @@ def test_a_whole_draft_ends_with_its_own_token_and_a_broken_one_with_the_targets
     greedy = SamplingBatch.of([SamplingParams()] * 2, [torch.Generator(), torch.Generator()])
     draft = Draft.chain(torch.tensor([[7, 1, 0], [7, 1, 5]]))
     found = DraftedWhereLikely(2).accept(draft, logits, greedy)
-    assert found.num_accepted.tolist() == [1, 1]
-    assert found.next_token.tolist() == [0, 0]  # the draft's last, and the target's likeliest
-    assert found.path.tolist() == [[0, 1, -1], [0, 1, -1]]
+    assert found.paths == [[0, 1], [0, 1]]
+    assert found.next_tokens == [0, 0]  # the draft's last, and the target's likeliest
     draft = Draft.chain(torch.tensor([[7, 1, 1], [7, 5, 1]]))
     found = DraftedWhereLikely(2).accept(draft, logits, greedy)
-    assert (found.num_accepted.tolist(), found.next_token.tolist()) == ([1, 0], [1, 0])
+    assert (found.num_accepted, found.next_tokens) == ([1, 0], [1, 0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
