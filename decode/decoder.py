@@ -181,6 +181,7 @@ class SpeculativeDecoder:
         return Context(
             slots=batch.slots,
             tokens=batch.tokens(max(lengths)),
+            roots=[s.output[-1] if s.output else s.request.prompt[-1] for s in batch.sequences],
             lengths=lengths,
             room=[s.limit - len(s.output) - 1 for s in batch.sequences],
             hidden=self._hidden(batch) if self.drafter.hidden_layers else NO_STATES,
@@ -352,7 +353,8 @@ class SpeculativeDecoder:
             self.drafter.begin(sequence.slot, prompt, hidden)
             sequence.hidden = {layer: states[:0] for layer, states in hidden.items()}
         context = self._context(batch)
-        draft = Draft.chain(context.roots).to(self.target.device)
+        roots = torch.tensor(context.roots, device=self.target.device)
+        draft = Draft.chain(roots[:, None])
         self._conclude(batch, context, draft, output)
         spent = (self._now() - started) / len(sequences)
         for sequence in sequences:

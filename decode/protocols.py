@@ -4,7 +4,6 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from decode.draft import Draft
@@ -26,8 +25,8 @@ class Context(NamedTuple):
 
     Attributes:
         slots: B cache slots, of the active sequences.
-        tokens: [B, L] committed tokens, left-aligned; the root is tokens[b, lengths[b] - 1], and
-            what lies behind it means nothing.
+        tokens: [B, L] committed tokens, left-aligned; what lies behind the root means nothing.
+        roots: the last committed token of each sequence, at tokens[b, lengths[b] - 1].
         lengths: B numbers of committed tokens.
         room: B numbers of draft tokens that still fit (context and output length).
         hidden: target layer -> [B, K, D], the states of the tokens committed in the last step but
@@ -38,17 +37,11 @@ class Context(NamedTuple):
 
     slots: list[int]
     tokens: Tensor
+    roots: list[int]
     lengths: list[int]
     room: list[int]
     hidden: Mapping[int, Tensor]
     sampling: SamplingBatch
-
-    @property
-    def roots(self) -> Tensor:
-        """[B, 1] the last committed token of each sequence."""
-        if len(self.lengths) == 1:  # nothing to gather
-            return self.tokens.narrow(1, self.lengths[0] - 1, 1)
-        return self.tokens.gather(1, torch.tensor(self.lengths)[:, None] - 1)
 
 
 class Acceptance(NamedTuple):

@@ -168,7 +168,7 @@ def replay(drafter: Drafter, pairs: Ids) -> list[tuple[int, int, int]]:
 
 def _context(tokens: Sequence[int], room: int) -> Context:
     sampling = SamplingBatch.of([SamplingParams()], [torch.Generator()])
-    return Context([0], torch.tensor([tokens]), [len(tokens)], [room], {}, sampling)
+    return Context([0], torch.tensor([tokens]), [tokens[-1]], [len(tokens)], [room], {}, sampling)
 
 
 def main() -> None:

@@ -3,22 +3,34 @@
 import torch
 from torch import Tensor
 
+from decode.draft import Draft
+
 
 class Chain:
-    """Tokens of chains, in memory that is kept: to make and to free small tensors takes its time.
+    """Chains in memory that is kept: to make and to free small tensors takes its time.
 
     Attributes:
-        tokens: [B, N].
+        draft: of all tokens; the next chains are written to the same one.
         columns: N views [B, 1], one of each place.
     """
 
     def __init__(self, batch: int, width: int, device: torch.device):
         """Room for `batch` chains of `width` tokens, roots included."""
         with torch.inference_mode(False):  # or they could be written to in that mode only
-            self.tokens = torch.zeros(batch, width, dtype=torch.long, device=device)
-            self.columns = [self.tokens[:, place : place + 1] for place in range(width)]
+            tokens = torch.zeros(batch, width, dtype=torch.long, device=device)
+            self.columns = [tokens[:, place : place + 1] for place in range(width)]
+        self.draft = Draft.chain(tokens)
         is_on_cpu = device.type == "cpu"
         self._arrays = [column.numpy() for column in self.columns] if is_on_cpu else []
+
+    def put(self, place: int, tokens: list[int]) -> None:
+        """These tokens, one of each chain, come to `place`."""
+        if self._arrays:
+            column = self._arrays[place]
+            for row, token in enumerate(tokens):
+                column[row, 0] = token
+        else:
+            self.columns[place].copy_(torch.tensor(tokens)[:, None])
 
     def put_likeliest(self, place: int, logits: Tensor) -> None:
         """The first of the likeliest tokens of `logits` [B, 1, V] comes to `place`.
@@ -29,3 +41,21 @@ class Chain:
             logits.numpy().argmax(-1, self._arrays[place])
         else:
             torch.argmax(logits, -1, out=self.columns[place])
+
+
+class Chains:
+    """Chains of every size that was asked for."""
+
+    def __init__(self, device: torch.device | None = None):
+        """On `device`; None is the CPU."""
+        self._device = device or torch.device("cpu")
+        self._known: dict[tuple[int, int], Chain] = {}
+
+    def begin(self, roots: list[int], width: int) -> Chain:
+        """Chains of `width` tokens, the roots in their place."""
+        size = len(roots), width
+        chain = self._known.get(size)
+        if chain is None:
+            chain = self._known[size] = Chain(*size, self._device)
+        chain.put(0, roots)
+        return chain

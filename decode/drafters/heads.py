@@ -56,7 +56,7 @@ class HeadsDrafter(Drafter):
     def propose(self, context: Context) -> Draft:
         """Trees of this shape, cut off where `context.room` ends."""
         hidden = context.hidden[self.layer]
-        roots = context.roots.to(hidden.device)
+        roots = torch.tensor(context.roots, device=hidden.device)[:, None]
         depths = [min(self.depth, max(room, 0)) for room in context.room]
         if max(depths) == 0:
             return Draft.chain(roots)

@@ -103,7 +103,7 @@ class HybridDrafter(Drafter):
         self._choices = [self._choose(*row) for row in rows_of]
         nothing = [row for row, choice in enumerate(self._choices) if choice is Choice.NOTHING]
         if len(nothing) == len(self._choices):
-            return Draft.chain(context.roots)
+            return Draft.chain(torch.tensor(context.roots)[:, None])
         if nothing:
             num_nodes = found.num_nodes.clone()
             num_nodes[nothing] = 1
@@ -231,6 +231,7 @@ def _rows_of(context: Context, rows: list[int]) -> Context:
     return Context(
         slots=[context.slots[row] for row in rows],
         tokens=context.tokens[rows, : max(lengths)],
+        roots=[context.roots[row] for row in rows],
         lengths=lengths,
         room=[context.room[row] for row in rows],
         hidden={layer: states[rows] for layer, states in context.hidden.items()},

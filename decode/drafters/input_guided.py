@@ -69,7 +69,7 @@ class InputGuidedDrafter(Drafter):
             if aligned.place >= 0:
                 copy = aligned.text[aligned.place : aligned.place + min(self.length, room)]
             copies.append(copy.tolist())
-        return Draft.from_lists(context.roots[:, 0].tolist(), copies)
+        return Draft.from_lists(context.roots, copies)
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Its input is of no use to others."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from decode.draft import Draft
 from decode.draft_length import Constant, DraftLength
-from decode.drafters.chain import Chain
+from decode.drafters.chain import Chains
 from decode.drafters.reading import Reader
 from decode.penalty import apply_penalty, tokens_seen
 from decode.protocols import Acceptance, Context, Drafter
@@ -39,7 +39,7 @@ class LMDrafter(Drafter):
         """
         self.length = Constant(draft_length) if isinstance(draft_length, int) else draft_length
         self.reader = Reader(model, target=target)
-        self._chains: dict[tuple[int, int], Chain] = {}
+        self._chains = Chains(self.reader.device)
         # slot -> how sure of each token of the last draft, where that is looked at
         self._confidences: dict[int, list[float]] = {}
 
@@ -53,17 +53,15 @@ class LMDrafter(Drafter):
         reader = self.reader
         slots = context.slots
         counts = reader.depths(context, self.length.choose(slots))
-        roots = context.roots if reader.is_on_cpu else context.roots.to(reader.device)
         longest = max(counts)
+        chain = self._chains.begin(context.roots, longest + 1)
         if longest == 0:
-            return Draft.chain(roots)
+            return chain.draft
         sampling = context.sampling
         is_greedy = sampling.is_greedy
         if not is_greedy:
             uniforms = sampling.uniforms(counts, reader.device)
-        logits = reader.catch_up(context, roots, counts, commit_roots=True)
-        chain = self._chain(len(slots), longest + 1)
-        chain.columns[0].copy_(roots)
+        logits = reader.catch_up(context, chain.columns[0], counts, commit_roots=True)
         laws = []
         are_even = min(counts) == longest
         one_each = [1] * len(slots)
@@ -89,14 +87,14 @@ class LMDrafter(Drafter):
             if step + 1 < longest:
                 read = one_each if are_even else [int(step + 1 < count) for count in counts]
                 logits = reader.read(slots, chain.columns[step + 1], commit=read)
+        if is_greedy and are_even and longest + 1 == len(chain.columns):
+            return chain.draft
         # Row n is the law of node n's children; the last node has none.
         probs = None
         if laws:
             probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
-        num_nodes = None  # all are as deep as the deepest
-        if not are_even:
-            num_nodes = torch.tensor(counts, device=reader.device) + 1
-        tokens = chain.tokens if threshold == 0 else chain.tokens[:, : longest + 1]
+        num_nodes = torch.tensor(counts, device=reader.device) + 1
+        tokens = chain.draft.tokens[:, : longest + 1]
         return Draft.chain(tokens, num_nodes=num_nodes, probs=probs)
 
     def observe(
@@ -116,13 +114,6 @@ class LMDrafter(Drafter):
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Give the slot back."""
         self.reader.cache.release(slot)
-
-    def _chain(self, batch: int, width: int) -> Chain:
-        """Where the tokens of this step go."""
-        known = self._chains.get((batch, width))
-        if known is None:
-            known = self._chains[batch, width] = Chain(batch, width, self.reader.device)
-        return known
 
     def _stop_where_unsure(
         self, logits: Tensor, slots: list[int], counts: list[int], step: int

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,7 +47,7 @@ class LMTreeDrafter(Drafter):
     def propose(self, context: Context) -> Draft:
         """Trees of this shape, cut off where `context.room` ends."""
         slots = context.slots
-        roots = context.roots.to(self.reader.device)
+        roots = torch.tensor(context.roots, device=self.reader.device)[:, None]
         depths = self.reader.depths(context, [self.shape.depth] * len(slots))
         self._places = {slot: places for slot, places in self._places.items() if slot not in slots}
         if max(depths) == 0:

@@ -50,7 +50,7 @@ class MergedDrafter(Drafter):
                     f"{type(drafter).__name__} draws its drafts at this temperature; only drafts "
                     "chosen with certainty can be merged, such as trees of the likeliest children"
                 )
-        roots = context.roots[:, 0].tolist()
+        roots = context.roots
         tokens: list[list[int]] = [[] for _ in roots]
         parents: list[list[int]] = [[] for _ in roots]
         known: list[dict[tuple[int, int], int]] = [{} for _ in roots]  # (above, token) -> node

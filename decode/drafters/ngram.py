@@ -56,7 +56,7 @@ class NGramDrafter(Drafter):
                     break
                 text.append(token)
             drafts.append(text[known:])
-        return Draft.from_lists(context.roots[:, 0].tolist(), drafts)
+        return Draft.from_lists(context.roots, drafts)
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """The output is counted."""

@@ -45,7 +45,7 @@ class PromptLookupDrafter(Drafter):
             if slot in self._material:
                 tokens = np.concatenate([self._material[slot], tokens])
             copies.append(self.copy(tokens)[: min(self.length, room)].tolist())
-        return Draft.from_lists(context.roots[:, 0].tolist(), copies)
+        return Draft.from_lists(context.roots, copies)
 
     def end(self, slot: int, output: Sequence[int]) -> None:
         """Its material is of no use to others."""

@@ -55,7 +55,7 @@ class RestDrafter(Drafter):
                 )
             )
         return Draft.from_lists(
-            context.roots[:, 0].tolist(),
+            context.roots,
             [draft.token_ids for draft in drafts],
             [[parent + 1 for parent in draft.parents] for draft in drafts],
         )

@@ -99,7 +99,7 @@ class SuffixDrafter(Drafter):
         parents = None
         if self.as_tree:  # here the context has the number 0
             parents = [[parent + 1 for parent in draft.parents] for draft in self.drafts]
-        roots = context.roots[:, 0].tolist()
+        roots = context.roots
         return Draft.from_lists(roots, [draft.token_ids for draft in self.drafts], parents)
 
     def end(self, slot: int, output: Sequence[int]) -> None:

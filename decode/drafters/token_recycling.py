@@ -30,7 +30,7 @@ class TokenRecyclingDrafter(Drafter):
 
     def propose(self, context: Context) -> Draft:
         """Trees as deep as `context.room` allows."""
-        plan, roots = self.plan, context.roots[:, 0].tolist()
+        plan, roots = self.plan, context.roots
         shape = list(zip(plan.parents, plan.ranks, plan.depths, strict=True))
         tokens, parents = [], []
         for root, room in zip(roots, context.room, strict=True):

@@ -89,9 +89,9 @@ class TreeDrafter(Drafter):
         drafts = []
         probs = warp(DRAFTER, context.sampling.params[0])
         for root, room, generator in zip(
-            context.roots[:, 0], context.room, context.sampling.generators, strict=True
+            context.roots, context.room, context.sampling.generators, strict=True
         ):
-            drafts.append(tree(int(root), min(2, room), probs, generator))
+            drafts.append(tree(root, min(2, room), probs, generator))
         width = max(draft.tokens.shape[1] for draft in drafts)
         tokens = torch.zeros(len(drafts), width, dtype=torch.long)
         parents = torch.arange(-1, width - 1).repeat(len(drafts), 1)

@@ -115,7 +115,7 @@ class BushDrafter(Drafter):
             for row, (length, room) in enumerate(zip(context.lengths, context.room, strict=True))
         ]
         tokens, parents = zip(*bushes, strict=True)
-        return Draft.from_lists(context.roots[:, 0].tolist(), list(tokens), list(parents))
+        return Draft.from_lists(context.roots, list(tokens), list(parents))
 
     def bush(self, text: list[int], height: int) -> tuple[list[int], list[int]]:
         """Tokens and parents; level by level the right token among some wrong ones, and a twig."""

@@ -54,6 +54,7 @@ def context_of(
     return Context(
         slots=list(range(size) if slots is None else slots),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
+        roots=[text[-1] for text in texts],
         lengths=[len(text) for text in texts],
         room=[room] * size if isinstance(room, int) else list(room),
         hidden={},
@@ -383,9 +384,7 @@ def test_its_draws_follow_its_laws(tiny, perturbed, g_test):
     for _ in range(8):
         begin(drafter, texts)
         context = context_of(texts, params=WARM, names=["x"] * 500)
-        context = Context(
-            context.slots, context.tokens, context.lengths, context.room, {}, sampling
-        )
+        context = context._replace(sampling=sampling)
         draft = drafter.propose(context)
         counts += torch.bincount(draft.tokens[:, 1], minlength=97)
     law = draft.probs[0, 0].double()

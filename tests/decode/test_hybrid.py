@@ -91,7 +91,7 @@ class Told(SuffixDrafter):
         size, score = self.told
         parents, probs = list(range(-1, size - 1)), [0.5] * size
         self.drafts = [SuffixDraft([0] * size, parents, probs, score)]
-        return Draft.from_lists(context.roots[:, 0].tolist(), [[0] * size])
+        return Draft.from_lists(context.roots, [[0] * size])
 
 
 class Ones(Drafter):
@@ -100,7 +100,7 @@ class Ones(Drafter):
     hidden_layers = ()
 
     def propose(self, context: Context) -> Draft:
-        return Draft.from_lists(context.roots[:, 0].tolist(), [[1, 1, 1]])
+        return Draft.from_lists(context.roots, [[1, 1, 1]])
 
 
 def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
@@ -108,6 +108,7 @@ def played(drafter: HybridDrafter, length: int, accepted: int) -> list[int]:
     context = Context(
         [0],
         torch.tensor([[9] * length]),
+        [9],
         [length],
         [20],
         {},

@@ -72,6 +72,7 @@ def context_of(
     return Context(
         slots=list(range(size)),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
+        roots=[text[-1] for text in texts],
         lengths=[len(text) for text in texts],
         room=[room] * size if isinstance(room, int) else list(room),
         hidden={},

@@ -30,7 +30,7 @@ class Fixed(Drafter):
         self.tokens, self.parents, self.told = tokens, parents, []
 
     def propose(self, context):
-        roots = context.roots[:, 0].tolist()
+        roots = context.roots
         return Draft.from_lists(roots, [self.tokens for _ in roots], [self.parents for _ in roots])
 
     def observe(self, context, draft, acceptance, target_logits):

@@ -58,6 +58,7 @@ def context_of(texts: list[list[int]], room: int = 20) -> Context:
     return Context(
         slots=list(range(len(texts))),
         tokens=torch.tensor([text + [0] * (width - len(text)) for text in texts]),
+        roots=[text[-1] for text in texts],
         lengths=[len(text) for text in texts],
         room=[room] * len(texts),
         hidden={},

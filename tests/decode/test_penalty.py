@@ -33,6 +33,7 @@ def test_every_node_is_judged_by_the_text_before_it():
     context = Context(
         slots=[0, 1],
         tokens=torch.tensor([[3, 5, 5], [7, 0, 0]]),
+        roots=[5, 7],
         lengths=[3, 1],
         room=[9, 9],
         hidden={},

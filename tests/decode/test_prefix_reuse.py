@@ -78,7 +78,7 @@ def test_drafters_that_want_every_state_get_them(tiny, prompt):
             assert hidden[1].shape[0] == len(prompt) - 1
 
         def propose(self, context):
-            return Draft.chain(context.roots)
+            return Draft.chain(torch.tensor(context.roots)[:, None])
 
     target = Target(tiny("llama"), max_batch_size=2)
     with torch.inference_mode():

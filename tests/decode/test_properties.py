@@ -131,7 +131,7 @@ class Garbage(Drafter):
         draft = self.drafts[self.step % len(self.drafts)]
         self.step += 1
         rows = torch.arange(len(context.slots)) % len(draft.tokens)
-        tokens = torch.cat([context.roots, draft.tokens[rows, 1:]], dim=1)
+        tokens = torch.cat([torch.tensor(context.roots)[:, None], draft.tokens[rows, 1:]], dim=1)
         laws = None
         if self.with_laws:
             generator = torch.Generator().manual_seed(self.step)
