@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from decode.int8.linear import quantize_int8
     from decode.layout import lay_out_for_decoding
     from decode.planner import TreePlan, expected_accepted, plan_best_first, plan_without_gaps
+    from decode.processors import decoder_prompt
     from decode.protocols import Acceptance, AcceptanceRule, Context, Drafter, Exactness
     from decode.requests import GenerationResult, Request, TopLogprobs
     from decode.sampling import SamplingBatch, SamplingParams
@@ -44,6 +45,7 @@ __all__ = [
     "check_supported",
     "check_tokenizers",
     "compare",
+    "decoder_prompt",
     "expected_accepted",
     "lay_out_for_decoding",
     "plan_best_first",
@@ -60,6 +62,7 @@ _MODULES = (
     "int8.linear",
     "layout",
     "planner",
+    "processors",
     "protocols",
     "sampling",
     "stats",

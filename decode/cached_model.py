@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from decode.cache import SlotCache, Window
 from decode.draft import Draft
-from decode.encoder_decoder import EncoderDecoder, refuse_family
+from decode.encoder_decoder import EncoderDecoder, num_layers, refuse_family
 from decode.int8.forward import forward_of
 from decode.int8.linear import is_int8
 from decode.lean import LeanForward
@@ -65,7 +65,7 @@ class CachedModel:
         self.max_length: int = min(context, max_length or context)
         refuse_switching_rotary(config, self.max_length)
         self.cache = SlotCache(
-            num_layers=_num_layers(config), num_slots=num_slots, max_length=self.max_length
+            num_layers=num_layers(config), num_slots=num_slots, max_length=self.max_length
         )
         self.encoder_decoder: EncoderDecoder | None = None
         if model.config.is_encoder_decoder:
@@ -275,13 +275,6 @@ def refuse_switching_rotary(config: object, max_length: int) -> None:
             f"rotary positions of type longrope change their scale behind {original} tokens, and "
             f"cached keys with them; decode within that: max_length={original}"
         )
-
-
-def _num_layers(config: Any) -> int:
-    """Layers of the decoder; `num_hidden_layers` of an encoder-decoder model are its encoder's."""
-    names = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
-    found = (getattr(config, name, None) for name in names)
-    return int(next((number for number in found if number is not None), config.num_hidden_layers))
 
 
 def _windows(config: object) -> dict[str, int | None]:

@@ -104,6 +104,13 @@ def refuse_family(model: PreTrainedModel) -> None:
         )
 
 
+def num_layers(config: Any) -> int:
+    """Layers of the decoder; `num_hidden_layers` of an encoder-decoder model are its encoder's."""
+    names = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
+    found = (getattr(config, name, None) for name in names)
+    return int(next((number for number in found if number is not None), config.num_hidden_layers))
+
+
 class Seq2SeqOutput(NamedTuple):
     """What a causal LM's forward returns, of the decoder."""
 

@@ -5,12 +5,13 @@ Shape legend: B packs, L places of a pack.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
@@ -26,13 +27,14 @@ class Example:
     """A prompt and its output, as ids.
 
     Attributes:
-        prompt_ids: what is given.
+        prompt_ids: what is given; for an encoder-decoder target what its decoder begins with.
         output_ids: what is learnt.
         learn_prompt: whether the prompt's tokens are learnt too.
         top: what the target said about each output token, where it was stored. After a cut it may
             go on behind the outputs.
         weights: how much each output token counts in the loss, 1 on average over the data; None is
             1 each. After a cut they may go on behind the outputs. A prompt's tokens count 1.
+        encoder_ids: what an encoder reads; None where there is none.
     """
 
     prompt_ids: list[int]
@@ -40,6 +42,12 @@ class Example:
     learn_prompt: bool = False
     top: TopLaw | None = field(default=None, compare=False)
     weights: list[float] | None = None
+    encoder_ids: list[int] | None = None
+
+    @property
+    def asked(self) -> list[int]:
+        """What the target was given: the prompt, or what its encoder reads."""
+        return self.prompt_ids if self.encoder_ids is None else self.encoder_ids
 
     @property
     def ids(self) -> list[int]:
@@ -100,7 +108,13 @@ class SeqKD:
             raise UserError("there are no rows", self.rows, "run `draftsmith generate` first")
         k = min((len(ids) for row in rows for ids in row.top_ids or ()), default=0)
         return [
-            Example(row.prompt_ids, row.output_ids, self.learn_prompt, _stored_top(row, k))
+            Example(
+                row.prompt_ids,
+                row.output_ids,
+                self.learn_prompt,
+                _stored_top(row, k),
+                encoder_ids=row.encoder_ids,
+            )
             for row in rows
         ]
 
@@ -161,6 +175,9 @@ class Batch:
             nothing.
         weights: [T] float32, how much each of the T learnt tokens counts in the loss, in row-major
             order; None is 1 each.
+        encoder_ids: [E, S] int64, what an encoder reads for each of the E examples, pack by pack,
+            with zeros behind; None where no example has such a text.
+        encoder_mask: [E, S] bool, which of them are there.
     """
 
     input_ids: Tensor
@@ -169,17 +186,14 @@ class Batch:
     loss_mask: Tensor
     top: TopLaw | None = None
     weights: Tensor | None = None
+    encoder_ids: Tensor | None = None
+    encoder_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.segment_ids.to(device),
-            self.loss_mask.to(device),
-            None if self.top is None else self.top.to(device),
-            None if self.weights is None else self.weights.to(device),
-        )
+        values = (getattr(self, field.name) for field in fields(self))
+        moved: list[Any] = [None if value is None else value.to(device) for value in values]
+        return Batch(*moved)
 
     def attention_mask(self) -> Tensor:
         """[B, 1, L, L] bool: the query sees its own example up to itself; padding sees padding."""
@@ -249,7 +263,14 @@ def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:
     if any(example.weights is not None for examples in packs for example in examples):
         learnt = (e.learnt_weights for examples in packs for e in examples)
         weights = torch.tensor([weight for each in learnt for weight in each])
-    return Batch(input_ids, positions, segments, loss_mask, top, weights)
+    read = [example.encoder_ids for examples in packs for example in examples]
+    texts = [torch.tensor(ids) for ids in read if ids is not None]
+    if not texts:
+        return Batch(input_ids, positions, segments, loss_mask, top, weights)
+    lengths = torch.tensor([len(text) for text in texts])
+    encoder_ids = pad_sequence(texts, batch_first=True)
+    encoder_mask = torch.arange(encoder_ids.shape[1]) < lengths[:, None]
+    return Batch(input_ids, positions, segments, loss_mask, top, weights, encoder_ids, encoder_mask)
 
 
 class Writer(Protocol):

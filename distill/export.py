@@ -60,12 +60,12 @@ class Export:
         source = find_drafter(self.checkpoint)
         if (self.output / "config.json").exists():
             raise UserError("there is a model already", self.output, "choose another output folder")
-        target = self.target.load()
         description = read_description(source)
-        check_target(description, source, target)
         family = description.get("family", "lm")
         if family not in FAMILIES:
             raise UserError(f"drafters of the family {family!r} are not known here", source)
+        target = self.target.load(may_have_encoder=not FAMILIES[family].is_lm)
+        check_target(description, source, target)
         export = self._language_model if FAMILIES[family].is_lm else self._heads
         checked = export(source, target, description)
         print(f"exported to {self.output}: {checked}")
@@ -125,7 +125,7 @@ class Export:
             "target_fingerprint": target.fingerprint,
             "export": {
                 "name": self.output.name,
-                "vocab_size": target.model.config.get_text_config().vocab_size,
+                "vocab_size": target.vocab_size,
                 "parameters": sum(parameter.numel() for parameter in parameters),
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 "draft_length": self.draft_length,

@@ -7,7 +7,15 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from decode.models import Heads, save_heads
+from decode.models import (
+    Blockwise,
+    Heads,
+    HeadsCheckpoint,
+    Hydra,
+    Medusa,
+    TargetEnds,
+    save_heads,
+)
 from distill.alignment import Alignment
 from distill.alignment.heads import HeadsAlignment
 from distill.alignment.lm import LiveTarget, LMAlignment
@@ -33,13 +41,18 @@ class Family:
     save: Callable[[nn.Module, Path], None]
 
 
+def makes_heads(settings: object) -> bool:
+    """Whether what these settings build stands on the target's states."""
+    return isinstance(settings, Blockwise | HeadsCheckpoint | Hydra | Medusa)
+
+
 def family_of(drafter: nn.Module) -> str:
     """The name of the drafter's family."""
     return str(drafter.settings.family) if isinstance(drafter, Heads) else "lm"
 
 
 def _last_layer(target: PreTrainedModel) -> tuple[int, ...]:
-    return (target.config.get_text_config().num_hidden_layers,)
+    return (TargetEnds.of(target).layer,)
 
 
 def _heads_vocab_size(drafter: nn.Module) -> int:

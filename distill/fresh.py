@@ -106,6 +106,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
                 "output_ids": example.output_ids,
                 "learn_prompt": example.learn_prompt,
                 "weights": example.weights,
+                "encoder_ids": example.encoder_ids,
             }
         )
         for example in examples

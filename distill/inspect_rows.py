@@ -90,7 +90,8 @@ def problems(
     if not any(loss_mask):
         yield "has a loss mask of zeros: nothing would be learnt from it"
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and list(row.prompt_ids[:2]) == [bos, bos] and bos != eos:
+    begins = list((row.encoder_ids or row.prompt_ids)[:2])
+    if bos is not None and begins == [bos, bos] and bos != eos:
         yield "begins with two BOS tokens: the template and the tokenizer both wrote one"
     if row.finish_reason == "eos" and eos is not None:
         special = set(tokenizer.all_special_ids)
@@ -104,10 +105,11 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_colored: bool) ->
     """A row as text: key, prompt, completion, mask."""
     grey, green, reset = (GREY, GREEN, RESET) if is_colored else ("", "", "")
     prompt, output = tokenizer.decode(row.prompt_ids), tokenizer.decode(row.output_ids)
+    source = f"{tokenizer.decode(row.encoder_ids)}\n→ " if row.encoder_ids else ""
     logprobs = "" if row.top_ids is None else f", top-{len(row.top_ids[0])} log-probabilities"
     return (
         f"── row {row.key}  {row.source}  finished by {row.finish_reason}{logprobs}\n"
-        f"{grey}{prompt}{reset}{'' if is_colored else '┃'}{green}{output}{reset}\n"
+        f"{grey}{source}{prompt}{reset}{'' if is_colored else '┃'}{green}{output}{reset}\n"
         f"mask: {runs(row.loss_mask)}\n"
     )
 

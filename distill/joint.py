@@ -140,19 +140,29 @@ class Anchor:
 
 
 @torch.inference_mode()
-def moved(joint: Joint, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+def moved(
+    joint: Joint, texts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] = ()
+) -> dict[str, float]:
     """How far the target has moved from itself, per token of `texts`.
+
+    Args:
+        joint: the target, among others.
+        texts: what it reads; of an encoder-decoder model its decoder.
+        sources: what the encoder reads, one beside each text.
 
     Returns:
         `target_kl`, from what it was to what it is, and `target_agreement`, how often both have the
         same likeliest token.
     """
     kl, agreed, count = 0.0, 0, 0
-    for text in texts:
-        ids = torch.tensor([list(text)], device=joint.target.device)
-        now = joint.target(input_ids=ids).logits[0].float().log_softmax(-1)
+    for number, text in enumerate(texts):
+        inputs = {"input_ids": torch.tensor([list(text)], device=joint.target.device)}
+        if sources:
+            source = torch.tensor([list(sources[number])], device=joint.target.device)
+            inputs = {"input_ids": source, "decoder_input_ids": inputs["input_ids"]}
+        now = joint.target(**inputs).logits[0].float().log_softmax(-1)
         with joint.target.disable_adapter():
-            before = joint.target(input_ids=ids).logits[0].float().log_softmax(-1)
+            before = joint.target(**inputs).logits[0].float().log_softmax(-1)
         kl += float((before.exp() * (before - now)).sum())
         agreed += int((before.argmax(-1) == now.argmax(-1)).sum())
         count += len(text)

@@ -31,7 +31,7 @@ def past_outputs(
         raise UserError("past.rows names no folder", hint="past.rows=runs/.../rows")
     evaluated = {tuple(prompt.ids) for prompt in prompts}
     examples = data.examples(tokenizer)
-    outputs = [e.output_ids for e in examples if tuple(e.prompt_ids) not in evaluated]
+    outputs = [e.output_ids for e in examples if tuple(e.asked) not in evaluated]
     if not outputs:
         raise UserError(
             "the past has no outputs but those of the prompts that are evaluated",

@@ -13,6 +13,7 @@ from distill.drafter_folder import DESCRIPTION
 from distill.errors import UserError
 from distill.evaluate import Evaluate
 from distill.export import Export, write_card
+from distill.families import makes_heads
 from distill.generate import Generate
 from distill.loop import TrainerSettings
 from distill.prompts import PromptSettings, StandardLibraryPrompts
@@ -91,6 +92,7 @@ class Pipeline:
         """
         if not self.variants:
             raise UserError("the pipeline has no variants", hint="name at least one drafter")
+        self.target.load_config(may_have_encoder=makes_heads(self.drafter))
         rows = self._generate()
         drafters = {name: self._drafter(name, rows) for name in self.variants}
         return self._evaluate(drafters)

@@ -171,7 +171,13 @@ class Regime:
         chosen = fitting[: self.num_prompts]
         sampling = replace(self.sampling, top_logprobs=0)
         requests = [
-            Request(id=f"{name}:{number}", prompt=e.prompt_ids, sampling=sampling, seed=seed)
+            Request(
+                id=f"{name}:{number}",
+                prompt=e.prompt_ids,
+                source=e.encoder_ids or (),
+                sampling=sampling,
+                seed=seed,
+            )
             for number, e in enumerate(chosen)
         ]
         try:
@@ -179,8 +185,8 @@ class Regime:
         except ValueError as error:
             raise UserError(str(error), None, "choose another drafter, or data=seq_kd") from error
         results = decoder.generate(requests)
-        vocab_size = target.model.config.get_text_config().vocab_size  # a drafter's may be larger
-        outputs = [list(takewhile(vocab_size.__gt__, result.tokens)) for result in results]
+        # A drafter's vocabulary may be larger.
+        outputs = [list(takewhile(target.vocab_size.__gt__, result.tokens)) for result in results]
         written = [
             replace(example, output_ids=output, top=None, weights=weights)
             for example, output, weights in zip(

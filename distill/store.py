@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("prompt_id", pa.string()),
         ("source", pa.string()),
+        ("encoder_ids", pa.list_(pa.int32())),
         ("prompt_ids", pa.list_(pa.int32())),
         ("output_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.int8())),
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 PATTERN = "rows-*.parquet"
+ADDED = "encoder_ids"  # shards that were written before it was a column are read as without it
 ABANDONED_SECONDS = 3600  # a shard is written in seconds
 
 
@@ -48,12 +50,14 @@ class Row:
         key: content hash of what the row was made from.
         prompt_id: of the prompt.
         source: where the prompt comes from, for people.
-        prompt_ids: token ids, BOS included where the model has one.
+        prompt_ids: token ids, BOS included where the model has one; of an encoder-decoder model
+            what its decoder began with.
         output_ids: token ids, EOS included where it was produced.
         finish_reason: "eos", "stop" (a stop string) or "length".
         top_ids: the target's likeliest tokens at each output place, or None.
         top_logprobs: their log-probabilities.
         tail_mass: the probability of all other tokens at each output place.
+        encoder_ids: what the encoder of an encoder-decoder model read; None of other models.
     """
 
     key: str
@@ -65,6 +69,7 @@ class Row:
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     tail_mass: list[float] | None = None
+    encoder_ids: list[int] | None = None
 
     @property
     def loss_mask(self) -> list[int]:
@@ -82,9 +87,11 @@ def row_key(
     seed: int,
     target: str,
     template: str,
+    encoder_ids: Sequence[int] = (),
 ) -> str:
     """The key of the row that these make."""
     made_from = {
+        **({"encoder_ids": list(encoder_ids)} if len(encoder_ids) else {}),
         "prompt_ids": list(prompt_ids),
         "sampling": dict(sampling),
         "seed": seed,
@@ -176,7 +183,8 @@ class RowStore:
         """The rows as a `datasets` dataset; an empty one where there are none."""
         if not self.shards():
             return Dataset(SCHEMA.empty_table())
-        table = pa.concat_tables([_read(shard) for shard in self.shards()])
+        tables = [SCHEMA.empty_table(), *(_read(shard) for shard in self.shards())]
+        table = pa.concat_tables(tables, promote_options="default")
         keys = table.column("key").to_pylist()
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         return Dataset(table.take(sorted(first.values())))
@@ -254,7 +262,10 @@ class RowWriter:
 
 
 def _read(shard: Path, columns: list[str] | None = None) -> pa.Table:
+    """The shard's rows; what came later than it is left out of the columns."""
     try:
+        if columns is not None and ADDED in columns and ADDED not in pq.read_schema(shard).names:
+            columns = [column for column in columns if column != ADDED]
         return pq.read_table(shard, columns=columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(

@@ -4,6 +4,7 @@ import enum
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -59,6 +60,12 @@ class LoadedTarget:
     def is_encoder_decoder(self) -> bool:
         """Whether prompts are sources that an encoder reads."""
         return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids its outputs are made of; sources may have others."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "decoder_vocab_size", None) or config.vocab_size)
 
     def fits(self, prompt_length: int, max_new_tokens: int) -> bool:
         """Whether a prompt, or a source, and an output of full length are within the context."""
@@ -150,25 +157,8 @@ class TargetSettings:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = self.load_config(may_have_encoder=may_have_encoder)
         try:
-            config = AutoConfig.from_pretrained(
-                self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            architectures = config.architectures or []
-            name = ", ".join(architectures) or type(config).__name__
-            if config.is_encoder_decoder and not may_have_encoder:
-                raise UserError(
-                    f"{name} is an encoder-decoder model, for which no drafters are trained",
-                    self.location,
-                    "choose a decoder-only language model as target.path; `draftsmith evaluate` "
-                    "and `generate` take encoder-decoder models",
-                )
-            if architectures and not any(is_language_model(name) for name in architectures):
-                raise UserError(
-                    f"{name} is not a language model that generates",
-                    self.location,
-                    "choose one with a language-model head as target.path",
-                )
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = auto.from_pretrained(
                 self.location,
@@ -179,11 +169,7 @@ class TargetSettings:
             )
             model = model.to(device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load the target: {first_line(error)}",
-                self.location,
-                "check target.path, target.device and target.dtype",
-            ) from error
+            raise self._unreadable(error) from error
         try:
             check_supported(model)
         except ValueError as error:
@@ -197,6 +183,44 @@ class TargetSettings:
                     str(error), self.location, "leave out target.quantization"
                 ) from error
         return loaded
+
+    def load_config(self, *, may_have_encoder: bool = False) -> Any:
+        """The model's configuration alone.
+
+        Raises:
+            UserError: there is none, or it is not of a language model, or of one with an encoder
+                where that will not do.
+        """
+        self._check_folder()
+        try:
+            config = AutoConfig.from_pretrained(
+                self.location, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+        architectures = config.architectures or []
+        name = ", ".join(architectures) or type(config).__name__
+        if config.is_encoder_decoder and not may_have_encoder:
+            raise UserError(
+                f"{name} is an encoder-decoder model, for which no drafters but heads are trained",
+                self.location,
+                "drafter=blockwise, medusa or hydra; or a decoder-only language model as "
+                "target.path",
+            )
+        if architectures and not any(is_language_model(name) for name in architectures):
+            raise UserError(
+                f"{name} is not a language model that generates",
+                self.location,
+                "choose one with a language-model head as target.path",
+            )
+        return config
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"cannot load the target: {first_line(error)}",
+            self.location,
+            "check target.path, target.device and target.dtype",
+        )
 
     def _check_folder(self) -> None:
         folder = Path(self.location)

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from decode import (
-    Request,
     SamplingParams,
     SpeculativeDecoder,
     Target,
@@ -33,7 +32,7 @@ from distill.config import command
 from distill.depth_weights import DepthWeights, Uniform
 from distill.drafter_folder import check_target, find_drafter, read_description, write_drafter
 from distill.errors import UserError
-from distill.families import FAMILIES, family_of
+from distill.families import FAMILIES, family_of, makes_heads
 from distill.fresh import FreshStream
 from distill.joint import (
     AdaptedTarget,
@@ -60,6 +59,7 @@ from distill.regimes import TrainingData, pools_of
 from distill.run_folder import RunFolder, content_hash, describe, environment
 from distill.selection import TokenSelection
 from distill.shrinking import DrafterSettings, VocabularySettings, begun, in_words
+from distill.sources import read_by
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
 from distill.teachers.stored import LiveTeacher, StoredTeacher
 from distill.tracking import NoTracker, Tracker
@@ -131,7 +131,7 @@ class Train:
             UserError: drafter, data or prompts do not fit the target, or the folder holds the run
                 of other settings.
         """
-        target = self.target.load()
+        target = self.target.load(may_have_encoder=makes_heads(self.drafter))
         accelerator = _accelerator(target)
         target.model.to(accelerator.device)
         held_out, pools = self._split(target)
@@ -246,19 +246,16 @@ class Train:
 
     def _split(self, target: LoadedTarget) -> tuple[list[Prompt], list[Pool]]:
         """Held-out prompts, and the data without them."""
-        pools = pools_of(self.data, target.tokenizer)
-        used = {tuple(example.prompt_ids) for pool in pools for example in pool.examples}
-        context = target.model.config.get_text_config().max_position_embeddings
-        fitting = [p for p in self.prompts.load(target.tokenizer) if len(p.ids) < context]
+        pools = read_by(target, pools_of(self.data, target.tokenizer))
+        used = {tuple(example.asked) for pool in pools for example in pool.examples}
+        fitting = [p for p in self.prompts.load(target.tokenizer) if target.fits(len(p.ids), 1)]
         fitting.sort(key=lambda prompt: tuple(prompt.ids) in used)  # stable: the unused ones first
         held_out = fitting[: self.num_held_out]
         if not held_out:
             raise UserError("there are no held-out prompts to measure τ on", hint="check prompts")
         withheld = {tuple(prompt.ids) for prompt in held_out}
         kept = [
-            replace(
-                pool, examples=[e for e in pool.examples if tuple(e.prompt_ids) not in withheld]
-            )
+            replace(pool, examples=[e for e in pool.examples if tuple(e.asked) not in withheld])
             for pool in pools
         ]
         for pool, rest in zip(pools, kept, strict=True):
@@ -337,6 +334,13 @@ class Train:
         if not isinstance(self.objective, AdaSPEC):
             return None
         path = self.objective.reference
+        if target.is_encoder_decoder:
+            raise UserError(
+                "adaspec compares with a language model, which would not see the sources of an "
+                "encoder-decoder target",
+                "objective",
+                "choose another: objective=forward_kl",
+            )
         try:
             check_tokenizers(target.tokenizer, AutoTokenizer.from_pretrained(path))
             reference = CheckpointLM(path=path).build(target.model)
@@ -389,10 +393,14 @@ class Train:
     def _evaluation(self, target: LoadedTarget, prompts: Sequence[Prompt]) -> Evaluation:
         """Drafter -> τ and α of decoding the held-out prompts with it."""
         sampling = replace(self.sampling, top_logprobs=0)
-        longest = max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens
-        runtime = Target(target.model, max_batch_size=min(8, len(prompts)), max_length=longest)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        runtime = Target(
+            target.model,
+            max_batch_size=min(8, len(prompts)),
+            max_length=target.cache_length(longest, sampling.max_new_tokens),
+        )
         requests = [
-            Request(id=str(number), prompt=prompt.ids, sampling=sampling, seed=self.seed)
+            runtime.request(prompt.ids, id=str(number), sampling=sampling, seed=self.seed)
             for number, prompt in enumerate(prompts)
         ]
 
@@ -402,7 +410,8 @@ class Train:
             except ValueError as error:
                 raise UserError(str(error)) from error
             decoder = SpeculativeDecoder(runtime, drafter, tokenizer=target.tokenizer)
-            stats = reduce(add, (result.stats for result in decoder.generate(requests)))
+            results = decoder.generate(requests)
+            stats = reduce(add, (result.stats for result in results))
             if not stats.num_steps:
                 raise UserError(
                     "the target ends every held-out prompt at once, so τ cannot be measured",
@@ -410,7 +419,11 @@ class Train:
                 )
             figures = {"tau": stats.block_efficiency, "alpha": stats.alpha}
             if isinstance(model, Joint):
-                figures |= moved(model, [prompt.ids for prompt in prompts])
+                texts, sources = [prompt.ids for prompt in prompts], []
+                if target.is_encoder_decoder:
+                    begins = runtime.decoder_prompt()
+                    texts, sources = [[*begins, *result.tokens] for result in results], texts
+                figures |= moved(model, texts, sources)
             return figures
 
         return evaluate
@@ -465,6 +478,8 @@ def _data_hash(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:  # their order counts: the seed shuffles from there
         digest.update(repr((example.ids, example.loss_mask)).encode())
+        if example.encoder_ids is not None:
+            digest.update(repr(example.encoder_ids).encode())
         if example.top is not None:
             for stored in (example.top.ids, example.top.logprobs, example.top.tail_mass):
                 digest.update(stored.numpy().tobytes())

@@ -44,7 +44,7 @@ class HeadsDrafter(Drafter):
         self.heads = heads.eval()
         self.shape = shape
         self.depth = min(shape.depth, heads.num_heads)
-        self.layer: int = config.num_hidden_layers
+        self.layer = heads.ends.layer
         self.hidden_layers = (self.layer,)
         self._reader = None if heads.prefix is None else PrefixReader(heads.prefix, target)
 

@@ -1,7 +1,7 @@
 """The trainable models of drafters."""
 
 from decode.models.blockwise import Blockwise
-from decode.models.heads import Heads
+from decode.models.heads import Heads, TargetEnds
 from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
@@ -19,6 +19,7 @@ __all__ = [
     "Pruned",
     "PrunedLM",
     "ScratchLM",
+    "TargetEnds",
     "TargetLayersLM",
     "TrimmedHead",
     "load_heads",

@@ -68,7 +68,7 @@ class BlockwiseHeads(Heads):
         added: Tensor = self.outer(functional.relu(self.inner(hidden)))
         return added + hidden.repeat(*[1] * (hidden.ndim - 1), self.num_heads)
 
-    def state(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+    def unscaled(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
         """[.., D]; the tokens are not read."""
         size = self.ends.hidden_size
         return prepared[..., (depth - 1) * size : depth * size]

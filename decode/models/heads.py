@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from decode.encoder_decoder import num_layers
 from decode.models.prefix import PrefixLayer
 
 
@@ -22,15 +23,23 @@ from decode.models.prefix import PrefixLayer
 class TargetEnds:
     """The two ends of the target that heads share with it; its weights, never the heads' own.
 
+    Of an encoder-decoder model these are the decoder's.
+
     Attributes:
         embedding: tokens to [.., D].
         output: the language-model head.
+        layer: whose states it reads: the last.
         softcap: of its logits; None for none.
+        scale: what states are multiplied by before the head (T5).
+        bias: [V] added behind it, or None.
     """
 
     embedding: nn.Module
     output: nn.Linear
-    softcap: float | None
+    layer: int
+    softcap: float | None = None
+    scale: float = 1.0
+    bias: Tensor | None = None
 
     @classmethod
     def of(cls, target: PreTrainedModel) -> "TargetEnds":
@@ -45,8 +54,17 @@ class TargetEnds:
                 f"{type(target).__name__} has no linear language-model head, which heads begin "
                 "from; use a drafter from scratch"
             )
-        softcap = getattr(target.config.get_text_config(), "final_logit_softcapping", None)
-        return cls(target.get_input_embeddings(), output, softcap)
+        config = target.config.get_text_config()
+        decoder = target.get_decoder() if config.is_encoder_decoder else target
+        bias = getattr(target, "final_logits_bias", None)  # [1, V] of BART and its kin
+        return cls(
+            decoder.get_input_embeddings(),
+            output,
+            num_layers(config),
+            getattr(config, "final_logit_softcapping", None),
+            config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0,
+            output.bias if bias is None else bias[0],
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -89,13 +107,18 @@ class Heads(nn.Module):
         return hidden.to(next(self.parameters()).dtype)
 
     def state(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
-        """[.., D] the state of the head for `depth`, the first being 1.
+        """[.., D] what the vocabulary head for `depth` reads, the first depth being 1.
 
         Args:
             depth: below the root.
             prepared: [.., P].
             tokens: [.., depth] the root and the drafted tokens below it.
         """
+        state = self.unscaled(depth, prepared, tokens)
+        return state if self.ends.scale == 1.0 else state * self.ends.scale
+
+    def unscaled(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+        """[.., D] the same, as large as the target's states; the arguments are those of `state`."""
         raise NotImplementedError
 
     def projection(self, depth: int) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +126,8 @@ class Heads(nn.Module):
         if self.outputs is not None:
             own = cast(nn.Linear, self.outputs[depth - 1])
             return own.weight, own.bias
-        output = self.ends.output
-        return output.weight.detach(), None if output.bias is None else output.bias.detach()
+        bias = self.ends.bias
+        return self.ends.output.weight.detach(), None if bias is None else bias.detach()
 
     def logits(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
         """[.., V] of the head for `depth`; arguments as for `state`."""
@@ -143,13 +166,13 @@ def vocabulary_heads(num_heads: int, ends: TargetEnds) -> nn.ModuleList:
         copy = nn.Linear(
             ends.hidden_size,
             ends.vocab_size,
-            bias=ends.output.bias is not None,
+            bias=ends.bias is not None,
             device=ends.output.weight.device,
         )
         with torch.no_grad():
             copy.weight.copy_(ends.output.weight)
-            if copy.bias is not None:
-                copy.bias.copy_(ends.output.bias)
+            if ends.bias is not None:
+                copy.bias.copy_(ends.bias)
         copies.append(copy)
     return nn.ModuleList(copies)
 

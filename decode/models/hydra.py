@@ -71,7 +71,7 @@ class HydraHeads(Heads):
         if not settings.share_head:
             self.outputs = vocabulary_heads(settings.num_heads, ends)
 
-    def state(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+    def unscaled(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
         """[.., D] from the state and the embeddings of `tokens` [.., depth]."""
         with torch.no_grad():  # the embeddings are the target's
             embedded = self.ends.embedding(tokens).to(prepared.dtype).flatten(-2)

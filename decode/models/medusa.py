@@ -52,7 +52,7 @@ class MedusaHeads(Heads):
         if not settings.share_head:
             self.outputs = vocabulary_heads(settings.num_heads, ends)
 
-    def state(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
+    def unscaled(self, depth: int, prepared: Tensor, tokens: Tensor) -> Tensor:
         """[.., D]; the tokens are not read."""
         state: Tensor = self.blocks[depth - 1](prepared)
         return state

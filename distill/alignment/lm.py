@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from decode.models import TrimmedHead
+from decode.models import TargetEnds, TrimmedHead
 from distill.alignment import Aligned, Depth
+from distill.alignment.encoder_decoder import decoder_forward
 from distill.batches import Batch
 from distill.laws import Kept
 from distill.states import Head, States, compute_dtype
@@ -99,31 +100,51 @@ class LiveTarget:
         """The forward of this very batch, remembered until the next one comes."""
         if self._last is None or self._last[0] is not batch:
             self._last = None  # the old states go before the new ones come
-            output = forward(self._model, self._head, batch, with_hidden=bool(self.layers))
+            output = forward(self._model, self._head, batch, self.layers)
             hidden = {layer: output.hidden_states[layer] for layer in self.layers}
             self._last = (batch, _everywhere(output, self._head), hidden)
         return self._last[1:]
 
 
 class PlainHead:
-    """A language-model head that is a linear layer, perhaps soft-capped, or trimmed to some ids."""
+    """A language-model head that is a linear layer, perhaps soft-capped, or trimmed to some ids.
 
-    def __init__(self, linear: nn.Linear, softcap: float | None):
-        """See `of`."""
+    Attributes:
+        scale: what states are multiplied by before it.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        softcap: float | None,
+        *,
+        scale: float = 1.0,
+        bias: Tensor | None = None,
+    ):
+        """See `of`; `bias` is added besides the layer's own."""
         self.linear = linear
         self.softcap = softcap
+        self.scale = scale
+        self._bias = bias
 
     def head(self) -> Head:
         """The projection with the weights of now."""
         kept = None
         if isinstance(self.linear, TrimmedHead):
             kept = Kept.of(self.linear.ids, self.linear.vocab_size)
-        return Head(self.linear.weight, self.linear.bias, self.softcap, kept)
+        bias = self.linear.bias if self._bias is None else self._bias
+        return Head(self.linear.weight, bias, self.softcap, kept)
 
     @staticmethod
     @torch.no_grad()
     def of(model: PreTrainedModel) -> "PlainHead | None":
-        """The head of `model`, tried on a few tokens; None where it is something else."""
+        """The head of `model`, tried on a few tokens; None where it is something else.
+
+        That of an encoder-decoder model is as its family has it.
+        """
+        if model.config.is_encoder_decoder:
+            ends = TargetEnds.of(model)
+            return PlainHead(ends.output, ends.softcap, scale=ends.scale, bias=ends.bias)
         linear = model.get_output_embeddings()
         if type(linear) not in (nn.Linear, TrimmedHead) or model.base_model is model:
             return None
@@ -162,9 +183,15 @@ def at_predicting_places(
 
 
 def forward(
-    model: nn.Module, plain: PlainHead | None, batch: Batch, *, with_hidden: bool = False
+    model: nn.Module, plain: PlainHead | None, batch: Batch, layers: tuple[int, ...] = ()
 ) -> Any:
-    """The model's output on the batch; without its logits where a plain head can make them."""
+    """The model's output on the batch, its states of these layers with it.
+
+    Without its logits where a plain head can make them.
+    """
+    assert isinstance(model, PreTrainedModel)
+    if model.config.is_encoder_decoder:
+        return decoder_forward(model, batch, layers)
     backbone = model if plain is None else model.base_model
     assert isinstance(backbone, nn.Module)
     return backbone(
@@ -172,7 +199,7 @@ def forward(
         attention_mask=attention_masks(model, batch),
         position_ids=batch.position_ids,
         use_cache=False,
-        output_hidden_states=with_hidden,
+        output_hidden_states=bool(layers),
     )
 
 
@@ -180,7 +207,7 @@ def _everywhere(output: Any, plain: PlainHead | None) -> Tensor:
     """The states [B, L, D] that the head projects, or the logits [B, L, V]."""
     found = output.logits if plain is None else output.last_hidden_state
     assert isinstance(found, Tensor)
-    return found
+    return found if plain is None or plain.scale == 1.0 else found * plain.scale
 
 
 def attention_masks(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:

@@ -45,8 +45,10 @@ class LocalTeacher:
 
     def key(self, prompt: Prompt, sample: int) -> str:
         """The row's key: what it is made from, and nothing of when or beside what."""
+        encoder_ids, prompt_ids = self._texts(prompt)
         return row_key(
-            prompt_ids=prompt.ids,
+            encoder_ids=encoder_ids,
+            prompt_ids=prompt_ids,
             sampling={**asdict(self.sampling), "sample": sample},
             seed=self.seed,
             target=self.target.fingerprint,
@@ -66,19 +68,26 @@ class LocalTeacher:
                 )
 
         for result in self.decoder.stream(requests()):
-            yield _row(running.pop(result.request_id), result)
+            yield self._row(running.pop(result.request_id), result)
 
+    def _texts(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """What an encoder reads, if there is one, and what the output is written behind."""
+        if self.target.is_encoder_decoder:
+            return prompt.ids, self.decoder.target.decoder_prompt()
+        return [], prompt.ids
 
-def _row(prompt: Prompt, result: GenerationResult) -> Row:
-    top = result.top_logprobs
-    return Row(
-        key=result.request_id,
-        prompt_id=prompt.id,
-        source=prompt.source,
-        prompt_ids=prompt.ids,
-        output_ids=result.tokens,
-        finish_reason=result.finish_reason,
-        top_ids=None if top is None else top.ids.tolist(),
-        top_logprobs=None if top is None else top.logprobs.tolist(),
-        tail_mass=None if top is None else top.tail_mass.tolist(),
-    )
+    def _row(self, prompt: Prompt, result: GenerationResult) -> Row:
+        encoder_ids, prompt_ids = self._texts(prompt)
+        top = result.top_logprobs
+        return Row(
+            key=result.request_id,
+            prompt_id=prompt.id,
+            source=prompt.source,
+            encoder_ids=encoder_ids or None,
+            prompt_ids=prompt_ids,
+            output_ids=result.tokens,
+            finish_reason=result.finish_reason,
+            top_ids=None if top is None else top.ids.tolist(),
+            top_logprobs=None if top is None else top.logprobs.tolist(),
+            tail_mass=None if top is None else top.tail_mass.tolist(),
+        )

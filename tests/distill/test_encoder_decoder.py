@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM
 
 from decode import SamplingParams
 from decode.certificate import greedy_output
@@ -16,7 +16,7 @@ from distill.generate import Generate
 from distill.prompts import DatasetPrompts
 from distill.store import RowStore
 from distill.target import TargetSettings
-from tests.distill.tiny import save_word_tokenizer
+from tests.distill.tiny import save_word_tokenizer, t5
 
 VOCAB_SIZE = 50
 SAMPLING = SamplingParams(max_new_tokens=12)
@@ -26,25 +26,7 @@ SAMPLING = SamplingParams(max_new_tokens=12)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two T5 models, "target" and "near", and prompts."""
     root = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(2)
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB_SIZE,
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=2,
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=9.0 if "relative" in name else 0.5)
-        model.get_input_embeddings().weight.mul_(0.1)
+    model = t5(VOCAB_SIZE)
     for name, noise in (("target", 0.0), ("near", 0.02)):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -96,7 +78,8 @@ def test_rows_are_the_targets_own_outputs(root: Path, tmp_path: Path) -> None:
     assert len(rows) == 5
     model = AutoModelForSeq2SeqLM.from_pretrained(root / "target", dtype=torch.float32)
     for row in rows:
-        assert list(row.output_ids) == greedy_output(model, row.prompt_ids, 12)
+        assert row.prompt_ids == [0]
+        assert row.output_ids == greedy_output(model, row.encoder_ids, 12)
 
 
 def test_training_for_them_is_refused_in_a_sentence(root: Path) -> None:

@@ -35,6 +35,7 @@ def test_a_good_row_has_no_problems() -> None:
         (GOOD, [0] * 5, "mask of zeros"),
         (GOOD, [0, 1], "2 places in its mask"),
         (replace(GOOD, prompt_ids=[BOS, BOS, 5]), None, "two BOS"),
+        (replace(GOOD, encoder_ids=[BOS, BOS, 5]), None, "two BOS"),
         (replace(GOOD, output_ids=[7, 8]), None, "ended by EOS but does not hold it"),
         (replace(GOOD, output_ids=[7, EOS, 8, EOS]), None, "EOS in the middle"),
     ],
@@ -50,6 +51,8 @@ def test_prompt_completion_and_mask_are_told_apart() -> None:
     assert "0 5 6┃7 1" in plain
     assert "\033" not in plain
     assert "\033[32m7 1\033[0m" in render(GOOD, TOKENIZER, is_colored=True)
+    translated = replace(GOOD, encoder_ids=[8, 9], prompt_ids=[BOS])
+    assert "8 9\n→ 0┃7 1\nmask: 0 x 1, 1 x 2" in render(translated, TOKENIZER, is_colored=False)
 
 
 def test_the_command_counts_rows_and_refuses_bad_ones(

@@ -1,6 +1,7 @@
 """Rows on disk: whole shards, one row per key, nothing lost."""
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from distill.errors import UserError
@@ -65,6 +67,31 @@ def test_the_key_hangs_on_all_that_decides_the_row() -> None:
         for name, value in changes.items()
     }
     assert len(keys) == 5
+
+
+def test_an_encoders_text_is_part_of_the_key_where_there_is_one() -> None:
+    """The keys of rows without one are those that stores have on disk."""
+    made_from = {"prompt_ids": [1], "sampling": {}, "seed": 0, "target": "t", "template": ""}
+    text = '{"prompt_ids": [1], "sampling": {}, "seed": 0, "target": "t", "template": ""}'
+    own = row_key(**made_from)  # type: ignore[arg-type]
+    assert own == hashlib.sha256(text.encode()).hexdigest()[:32]
+    others = [row_key(**made_from, encoder_ids=ids) for ids in ([2], [3])]  # type: ignore[arg-type]
+    assert len({own, *others}) == 3
+
+
+def test_shards_from_before_there_were_sources_are_read(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    old = store.append([row(1)])
+    pq.write_table(pq.read_table(old).drop_columns(["encoder_ids"]), old)
+    assert list(store.rows()) == [row(1)]
+    new = replace(row(2), encoder_ids=[9, 8, 7])
+    store.append([new])
+    assert sorted(store.rows(), key=lambda r: r.key) == [row(1), new]
+    assert new.loss_mask == [0, 0, 1, 1]  # of the decoder's text alone
+    columns = store.dataset().to_dict()
+    found = dict(zip(columns["key"], columns["encoder_ids"], strict=True))
+    assert found == {"key001": None, "key002": [9, 8, 7]}
+    assert store.verify() == 2
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:

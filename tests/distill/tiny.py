@@ -10,10 +10,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from decode import SamplingParams
@@ -66,7 +71,57 @@ def llama(seed: int = 0, *, num_layers: int = 3, spread: float = 0.3) -> LlamaFo
     return LlamaForCausalLM(config).eval()
 
 
-def save_target(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
+def t5(vocab_size: int = VOCAB) -> T5ForConditionalGeneration:
+    """A random T5 whose greedy output hangs on the source and on all tokens before."""
+    torch.manual_seed(2)
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=9.0 if "relative" in name else 0.5)
+        model.get_input_embeddings().weight.mul_(0.1)
+    return model.eval()
+
+
+def bart(vocab_size: int = VOCAB) -> BartForConditionalGeneration:
+    """A random BART that begins with two tokens, with a bias on its logits."""
+    torch.manual_seed(2)
+    config = BartConfig(
+        vocab_size=vocab_size,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=48,
+        init_std=0.3,
+        bos_token_id=1,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_bos_token_id=1,
+        forced_eos_token_id=None,
+    )
+    model = BartForConditionalGeneration(config)
+    model.final_logits_bias += torch.linspace(-1, 1, vocab_size)
+    return model.eval()
+
+
+def save_target(folder: Path, model: PreTrainedModel | None = None) -> Path:
     """Write a model, `llama()` by default, and the tokenizer of its words."""
     (model or llama()).save_pretrained(folder)
     save_word_tokenizer(folder, VOCAB)
