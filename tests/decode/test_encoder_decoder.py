@@ -265,6 +265,7 @@ class Listener(NoDrafter):
     """Notes what it is told to copy from."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.heard: list[list[int]] = []
 
     def consult(self, slot: int, material: Sequence[int]) -> None:
