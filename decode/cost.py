@@ -70,13 +70,20 @@ def expected_tokens(acceptance: Sequence[float], draft_length: int) -> float:
     return total
 
 
-def best_length(costs: StepCosts, acceptance: Sequence[float]) -> int:
-    """The draft length that gives most tokens a second; 0 where drafting cannot pay."""
-    chosen, best = 0, 1 / costs.seconds(0)
-    tokens, reached = 1.0, 1.0
+def best_length(costs: StepCosts, *acceptances: Sequence[float]) -> int:
+    """The draft length that gives most tokens a second; 0 where drafting cannot pay.
+
+    Args:
+        costs: of the step.
+        acceptances: of each sequence that shares it: all wait for the longest draft, so that one
+            length for all wastes nothing.
+    """
+    chosen, best = 0, len(acceptances) / costs.seconds(0)
+    tokens, reached = float(len(acceptances)), [1.0] * len(acceptances)
     for position in range(costs.longest):
-        reached *= acceptance[min(position, len(acceptance) - 1)]
-        tokens += reached
+        for row, acceptance in enumerate(acceptances):
+            reached[row] *= acceptance[min(position, len(acceptance) - 1)]
+        tokens += sum(reached)
         rate = tokens / costs.seconds(position + 1)
         if rate > best:
             chosen, best = position + 1, rate
@@ -119,8 +126,10 @@ def explain(costs: StepCosts, acceptance: Sequence[float]) -> str:
 
 
 @torch.inference_mode()
-def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> StepCosts:
-    """Time the forwards of both models, one sequence in an otherwise empty cache.
+def measure_costs(
+    target: CachedModel, drafter: CachedModel, longest: int, *, batch_size: int = 1
+) -> StepCosts:
+    """Time the forwards of both models, so many sequences in an otherwise empty cache.
 
     Medians of a few repeats, target and drafter interleaved; it takes some tenths of a second on
     models that run in milliseconds. To be called while no sequence is decoded.
@@ -129,34 +138,47 @@ def measure_costs(target: CachedModel, drafter: CachedModel, longest: int) -> St
         target: its forwards on 1 to `longest` + 1 tokens.
         drafter: its forward on one token, and on `longest` + 1.
         longest: γ, at most.
+        batch_size: how many sequences share the forwards.
     """
+    slots = list(range(batch_size))
     length = min(target.max_length, drafter.max_length) - longest - 1
     start = max(1, min(128, length))
     for model in (target, drafter):
-        tokens = torch.zeros(1, start, dtype=torch.long, device=model.device)
-        model.forward([0], tokens, keep=[], encoded=model.encode([tokens[0]]))
-        model.cache.truncate(0, 0)
-        model.cache.commit([0], [start])
+        tokens = torch.zeros(batch_size, start, dtype=torch.long, device=model.device)
+        model.forward(slots, tokens, keep=[], encoded=model.encode(list(tokens)))
+        for slot in slots:
+            model.cache.truncate(slot, 0)
+        model.cache.commit(slots, [start] * batch_size)
     try:
         timed: list[list[float]] = [[] for _ in range(longest + 3)]
         for _ in range(REPEATS):
-            timed[-1].append(_seconds(drafter, longest + 1))
-            timed[-2].append(_seconds(drafter, 1))
+            timed[-1].append(_seconds(drafter, slots, longest + 1))
+            timed[-2].append(_seconds(drafter, slots, 1))
             for k in range(longest + 1):
-                timed[k].append(_seconds(target, k + 1))
+                timed[k].append(_seconds(target, slots, k + 1))
     finally:
         for model in (target, drafter):
-            model.release(0)
+            for slot in slots:
+                model.release(slot)
     medians = [statistics.median(seconds) for seconds in timed]
     draft, wide = medians[-2:]
     read = max(0.0, wide - draft) / max(1, longest)
     return StepCosts(draft, tuple(medians[:-2]), read=read)
 
 
-def _seconds(model: CachedModel, width: int) -> float:
-    tokens = torch.zeros(1, width, dtype=torch.long, device=model.device)
+def measure_by_batch(
+    target: CachedModel, drafter: CachedModel, longest: int
+) -> dict[int, StepCosts]:
+    """`measure_costs` of 1, 2, 4, ... sequences, up to all slots of the target's cache."""
+    most = target.cache.num_slots
+    sizes = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+    return {size: measure_costs(target, drafter, longest, batch_size=size) for size in sizes}
+
+
+def _seconds(model: CachedModel, slots: list[int], width: int) -> float:
+    tokens = torch.zeros(len(slots), width, dtype=torch.long, device=model.device)
     started = time.perf_counter()
-    model.forward([0], tokens)
+    model.forward(slots, tokens)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - started

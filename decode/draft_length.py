@@ -4,7 +4,7 @@ Every choice looks at the past and at the drafter's law of the next token, never
 from it: so a lossless rule stays lossless.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -207,12 +207,15 @@ class CostAware:
     nothing is drafted but a token now and then, ever more seldom, to see whether that has changed.
 
     Attributes:
-        costs: what steps take; `longest` is theirs.
+        costs: what steps of one sequence take; `longest` is theirs.
+        shared: what those take that several share, by how many; the next larger number stands for
+            those between, and `costs` for all where there is none.
         memory: how many steps the counts go back.
         prior: the acceptance rate to begin with.
     """
 
     costs: StepCosts
+    shared: Mapping[int, StepCosts] = field(default_factory=dict)
     memory: float = 64.0
     prior: float = 0.7
     min_confidence: float = field(default=0.0, init=False)
@@ -257,10 +260,12 @@ class CostAware:
         return estimates
 
     def choose(self, slots: Sequence[int]) -> list[int]:
-        """The best length of each, or a probe."""
+        """The length that is best for all of them together, or where it is none a probe."""
+        costs = self.costs_of(len(slots))
+        best = best_length(costs, *(self.acceptance(slot) for slot in slots))
         lengths = []
         for slot in slots:
-            length = best_length(self.costs, self.acceptance(slot))
+            length = best
             if length == 0:
                 self._idle[slot] += 1
                 if self._idle[slot] > self._patience[slot]:
@@ -268,6 +273,12 @@ class CostAware:
                     self._probing.add(slot)
             lengths.append(length)
         return lengths
+
+    def costs_of(self, batch_size: int) -> StepCosts:
+        """What steps take that so many sequences share."""
+        sizes = sorted(self.shared)
+        size = next((size for size in sizes if size >= batch_size), sizes[-1] if sizes else 0)
+        return self.shared.get(size, self.costs)
 
     def observe(
         self,

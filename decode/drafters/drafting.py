@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 
 from transformers import PreTrainedModel
 
-from decode.cost import measure_costs
+from decode.cost import measure_by_batch, measure_costs
 from decode.draft_length import Confidence, Constant, CostAware, Heuristic
 from decode.drafters.gate import load_gate
 from decode.drafters.growing import TreeShape
@@ -116,8 +116,8 @@ class CostAwareChains:
         drafter = LMDrafter(
             _lm(model, type(self).__name__), target=target, draft_length=self.longest
         )
-        costs = measure_costs(target.cached, drafter.reader.cached, self.longest)
-        drafter.length = CostAware(costs)
+        costs = measure_by_batch(target.cached, drafter.reader.cached, self.longest)
+        drafter.length = CostAware(costs[1], shared=costs)
         return drafter
 
 

@@ -121,7 +121,7 @@ class PlainHead:
         scale: float = 1.0,
         bias: Tensor | None = None,
     ):
-        """See `of`; `bias` is added besides the layer's own."""
+        """See `of`; `bias` stands for the layer's own."""
         self.linear = linear
         self.softcap = softcap
         self.scale = scale

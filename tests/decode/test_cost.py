@@ -12,7 +12,7 @@ from decode.cost import (
     break_even,
     expected_tokens,
     explain,
-    measure_costs,
+    measure_by_batch,
 )
 
 FREE = StepCosts(draft=0.0, verify=(1.0,) * 9)
@@ -61,9 +61,11 @@ def test_the_choice_explains_itself():
 
 def test_measuring_leaves_nothing_behind(tiny):
     target, drafter = (CachedModel(tiny("llama"), num_slots=2) for _ in range(2))
-    costs = measure_costs(target, drafter, 4)
-    assert costs.longest == 4
-    assert min(costs.draft, *costs.verify) > 0
+    by_batch = measure_by_batch(target, drafter, 4)
+    assert list(by_batch) == [1, 2]
+    for costs in by_batch.values():
+        assert costs.longest == 4
+        assert min(costs.draft, *costs.verify) > 0
     for model in (target, drafter):
         assert model.cache.lengths == [0, 0]
     text = torch.arange(5)[None]

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from decode import GenerationStats, Request, SamplingParams, SpeculativeDecoder, Target
-from decode.cost import StepCosts, expected_tokens
+from decode.cost import StepCosts, best_length, expected_tokens
 from decode.draft_length import Confidence, Constant, CostAware, DraftLength, Heuristic
 from decode.drafters import (
     ConfidentChains,
@@ -132,16 +132,35 @@ def test_where_nothing_pays_it_drafts_ever_more_seldom():
     assert expected_tokens(policy.acceptance(0), LONGEST) / costs.seconds(LONGEST) > 1.0
 
 
-def test_each_sequence_has_its_own_length():
-    policy = CostAware(COSTS["small model"])
-    for slot in (0, 1):
+def test_sequences_that_share_a_step_share_the_length_that_is_best_for_all():
+    """Those whose drafts are bad wait for the longest draft anyway."""
+    policy = CostAware(StepCosts(0.07, tuple(1 + 0.4 * k for k in range(9))))
+    for slot in range(8):
         policy.begin(slot)
     for _ in range(60):
-        first, second = policy.choose([0, 1])
-        policy.observe([0, 1], [first, second], [first, 0], [[], []])
-    good, bad = policy.choose([0, 1])
-    assert good > 4
-    assert bad <= 1
+        for slot in range(8):
+            (length,) = policy.choose([slot])
+            policy.observe([slot], [length], [length if slot == 0 else 0], [[]])
+    good, bad = policy.choose([0])[0], policy.choose([1])[0]
+    assert good > 4 > 1 >= bad
+    pair, everyone = policy.choose([0, 1]), policy.choose(list(range(8)))
+    assert (
+        pair[0] == pair[1] == best_length(policy.costs, policy.acceptance(0), policy.acceptance(1))
+    )
+    assert max(everyone) <= pair[0] < good
+
+
+def test_a_batch_has_costs_of_its_own():
+    """Where many sequences share a step, a token more to verify costs more."""
+    alone, crowded = StepCosts(0.05, (1.0,) * 9), StepCosts(0.05, tuple(range(1, 10)))
+    policy = CostAware(alone, shared={2: alone, 8: crowded})
+    for slot in range(8):
+        policy.begin(slot)
+    assert [policy.costs_of(size) for size in (1, 2)] == [alone, alone]
+    assert [policy.costs_of(size) for size in (3, 8, 9)] == [crowded] * 3
+    assert policy.choose([0])[0] > 4
+    assert policy.choose([0, 1])[0] > 4
+    assert policy.choose([0, 1, 2]) == [0, 0, 0]
 
 
 # In the decoder
