@@ -300,7 +300,7 @@ def mark_dynamic(inputs: Inputs) -> None:
 
 
 def rounded_up(num_keys: int) -> int:
-    """A number of keys to record for: at most a quarter more, so that recordings stay few."""
+    """A number of keys to record for: from 256 on at most a quarter more, so that they stay few."""
     unit = max(FEWEST_KEYS, (1 << num_keys.bit_length()) // 8)
     return -(-num_keys // unit) * unit
 

@@ -243,7 +243,7 @@ def test_few_numbers_of_keys_are_recorded():
     assert [rounded_up(n) for n in (1, 64, 65, 300, 1000, 1025)] == [64, 64, 128, 320, 1024, 1280]
     numbers = {rounded_up(n) for n in range(1, 32_769)}
     assert len(numbers) < 40
-    assert all(n <= rounded_up(n) <= max(64, 1.25 * n + 64) for n in range(1, 32_769))
+    assert all(n <= rounded_up(n) <= 1.25 * n for n in range(256, 32_769))
     mask = padded(torch.zeros(1, 1, 2, 3), 5)
     assert mask.shape == (1, 1, 2, 5)
     assert (mask[..., 3:] == torch.finfo(torch.float32).min).all()
