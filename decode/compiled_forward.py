@@ -9,6 +9,7 @@ Shape legend: N tokens, L keys, G key heads, E size of a head, V vocabulary, D h
 """
 
 import functools
+import itertools
 import os
 import sys
 import time
@@ -280,9 +281,10 @@ def compiled(forward: Forward, layers: tuple[int, ...]) -> Run:
 
     # torch keeps compiled code with the code that it was made of: ours must be this model's alone,
     # since the checks that it is the same one, a tenth of a step, are left out.
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, "step", None, step.__closure__
-    )
+    # Its name is its own, too: what differs between calls of one name, as the number of heads of
+    # two models, would be left open.
+    code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
+    own = types.FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
     run = torch.compile(own, fullgraph=True, options={"guard_filter_fn": _shapes_only})
     return lambda inputs: run(*inputs)
 
@@ -347,6 +349,9 @@ def reason(error: BaseException) -> str:
         return "no C++ compiler works here: install g++, or name one in the variable CXX"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+_numbers = itertools.count()
 
 
 def _agree(ours: Outputs, expected: Outputs) -> bool:

@@ -124,6 +124,16 @@ def test_models_of_one_family_are_not_taken_for_each_other(traced):
 
 
 @torch.no_grad()
+def test_a_model_of_another_shape_is_compiled_behind_the_first(tiny, traced):
+    for changes in ({}, {"num_attention_heads": 2, "num_key_value_heads": 2}):
+        model = tiny("llama", num_hidden_layers=1, **changes)
+        fast, plain = both(model, num_slots=1, max_length=32)
+        ours, theirs = (cached.forward([0], tokens(1, 3)).logits for cached in (fast, plain))
+        assert all(fast._compiled._variants.values())
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_what_does_not_fit_is_not_compiled(tiny, counted):
     fast, plain = both(tiny("llama"), num_slots=2, max_length=90)
     counted.clear()
