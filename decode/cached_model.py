@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from decode.cache import SlotCache, Window
+from decode.compiled_forward import CompiledForward, difference, rounding
 from decode.draft import Draft
 from decode.encoder_decoder import EncoderDecoder, num_layers, refuse_family
 from decode.int8.forward import forward_of
@@ -20,6 +21,7 @@ from decode.source_cache import Encoded
 
 # These bias attention by distance or count keys themselves, and ignore masks that are handed in.
 OWN_MASKS = {"bloom", "falcon", "mpt", "gpt_neo"}
+FIRST_READ = 14  # tokens that compiled forwards are tried on
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -42,17 +44,27 @@ class CachedModel:
     model as transformers ships it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_slots: int, max_length: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int,
+        max_length: int | None = None,
+        compiles: bool = False,
+    ):
         """Wrap `model` for `num_slots` sequences of up to `max_length` tokens.
 
-        `max_length` defaults to the model's context and is never more.
+        `max_length` defaults to the model's context and is never more. With `compiles`, forwards of
+        single sequences are compiled by torch, where that works (`decode/compiled_forward.py`).
 
         Raises:
             ValueError: the model keeps state that cannot be rolled back, or its attention takes no
-                4-D masks; the message says which and what to do.
+                4-D masks, or it is none to compile; the message says which and what to do.
         """
         config = model.config.get_text_config()
         refuse_unsupported(model)
+        if compiles:
+            refuse_compiling(model)
         context = getattr(config, "max_position_embeddings", None) or max_length
         if context is None:
             raise ValueError(
@@ -86,8 +98,11 @@ class CachedModel:
         # A drafter feeds single tokens several times a step: their views are made once.
         self._single_token: dict[int, tuple[Tensor | dict[str, Tensor], Tensor]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._compiled: CompiledForward | None = None
         self._lean: LeanForward | None = None
         self._lean = self._tried(forward_of(model, self._positions))
+        if compiles:
+            self._compile()
 
     def forward(
         self,
@@ -132,13 +147,15 @@ class CachedModel:
             starts = [start - num_read for start in window.starts]
             nodes = tree if is_tree else None
             self.encoder_decoder.open(slots, starts, window.num_keys, tree=nodes, encoded=encoded)
-        if self._lean is not None:
-            start = None if is_tree or window.slot is None else window.starts[0]
-            logits, hidden = self._lean(
-                tokens, mask, self.cache, start=start, positions=positions, layers=layers, keep=keep
-            )
+        start = None if is_tree or window.slot is None else window.starts[0]
+
+        def uncompiled() -> tuple[Tensor, dict[int, Tensor]]:
+            return self._run(tokens, mask, positions, self.cache, layers, start=start, keep=keep)
+
+        if self._compiled is None or keep is not None:
+            logits, hidden = uncompiled()
         else:
-            logits, hidden = self._by_modules(tokens, mask, positions, layers, keep)
+            logits, hidden = self._compiled(tokens, mask, positions, window, layers, uncompiled)
         if commit is not None:
             self.cache.commit(slots, commit)
         return ModelOutput(logits, hidden)
@@ -153,15 +170,25 @@ class CachedModel:
         if self.encoder_decoder is not None:
             self.encoder_decoder.release(slot)
 
-    def _by_modules(
+    def _run(
         self,
         tokens: Tensor,
         mask: Tensor | dict[str, Tensor],
         positions: Tensor,
+        cache: Cache,
         layers: tuple[int, ...],
-        keep: Sequence[int] | None,
+        *,
+        start: int | None = None,
+        keep: Sequence[int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The model's own forward: logits, and the hidden states asked for."""
+        """The short way where there is one: logits, and the hidden states asked for.
+
+        Else the model's own forward. `start` is the first place of a single chain.
+        """
+        if self._lean is not None:
+            return self._lean(
+                tokens, mask, cache, start=start, positions=positions, layers=layers, keep=keep
+            )
         extra: dict[str, object] = {"output_hidden_states": True} if layers else {}
         if keep is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self.device)
@@ -169,7 +196,7 @@ class CachedModel:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             **extra,
         )
@@ -180,29 +207,42 @@ class CachedModel:
         return logits, {layer: states[layer] for layer in layers}
 
     @torch.no_grad()
+    def _compile(self) -> None:
+        """Compile the forwards of one token and of several, and try them on a few tokens."""
+        length = min(FIRST_READ, self.max_length - 1)
+        tokens = self._some_tokens(length)
+        read = length // 2
+        self.forward([0], tokens[:, :read], commit=[read])
+        self._compiled = CompiledForward(
+            self._run, self.cache, vocab_size=self.vocab_size, name=type(self.model).__name__
+        )
+        for width in (1, length - read):
+            self.forward([0], tokens[:, read : read + width])
+        self.cache.release(0)
+
+    @torch.no_grad()
     def _tried(self, lean: LeanForward | None) -> LeanForward | None:
         """`lean` where it gives the model's own logits, up to rounding, on a few tokens."""
         if lean is None:
             return None
-        tokens = torch.arange(min(8, self.max_length), device=self.device)[None] * 7
-        tokens %= self.vocab_size
+        tokens = self._some_tokens(min(8, self.max_length))
         self._lean = None
-        # Ids that a trimmed head does not have are impossible both ways: -inf - -inf is no number.
-        expected = self.forward([0], tokens).logits.float().nan_to_num(torch.nan, neginf=0.0)
+        expected = self.forward([0], tokens).logits
         self._lean = lean
-        ours = self.forward([0], tokens).logits.float().nan_to_num(torch.nan, neginf=0.0)
-        difference = (ours - expected).abs().max()
-        rounding = 1e-4 if self.model.dtype == torch.float32 else 5e-2
-        if is_int8(self.model):
-            rounding = 0.2  # a value that is rounded another way moves others, layer by layer
-        if difference <= rounding * expected.abs().max().clamp(min=1.0):
+        found = difference(self.forward([0], tokens).logits, expected)
+        # In int8 a value that is rounded another way moves others, layer by layer.
+        if found <= (0.2 if is_int8(self.model) else rounding(self.model.dtype)):
             return lean
         warnings.warn(
             f"the lean forward of {type(self.model).__name__} gives other logits than the model's "
-            f"own (by {difference:.1e}), which is used instead, at some cost in speed",
+            f"own (by {found:.1e} of the largest), which is used instead, at some cost in speed",
             stacklevel=3,
         )
         return None
+
+    def _some_tokens(self, count: int) -> Tensor:
+        """[1, count] ids from all over the vocabulary."""
+        return torch.arange(count, device=self.device)[None] * 7 % self.vocab_size
 
     def _tree_inputs(
         self, window: Window, tree: Draft, num_read: int
@@ -258,6 +298,18 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} was loaded with attn_implementation={attention!r}, which takes no 4-D masks; "
             'load it with attn_implementation="sdpa" or "eager"'
         )
+
+
+def refuse_compiling(model: PreTrainedModel) -> None:
+    """Raise ValueError, in one sentence, for models whose forwards are not compiled by torch."""
+    name = type(model).__name__
+    if is_int8(model):
+        raise ValueError(
+            "a model in int8 has kernels of its own, which torch does not compile; "
+            "choose one of quantization and compile"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"the forward of an encoder-decoder model, {name}, is not compiled")
 
 
 def refuse_switching_rotary(config: object, max_length: int) -> None:

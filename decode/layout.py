@@ -1,6 +1,7 @@
 """How weights lie in memory: for forwards of a few tokens another order is faster."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,31 @@ def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     torch's compiler uses this operator when it freezes weights; its eager functions pack anew in
     every call.
     """
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.draftsmith.multiply_packed(x, weight, bias)
+        return product
+    return _multiply_packed(x, weight, bias)
+
+
+def _multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _operators() -> Any:
+    """The same as an operator of ours: torch's compiler takes its own with frozen weights only."""
+    library: Any = torch.library.Library("draftsmith", "DEF")  # type: ignore[no-untyped-call]
+    library.define("multiply_packed(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    library.impl("multiply_packed", _multiply_packed, "MkldnnCPU")
+    torch.library.register_fake("draftsmith::multiply_packed", _shape_of_product, lib=library)
+    return library
+
+
+_OPERATORS = _operators()  # they last as long as this object
 
 
 def groups(model: nn.Module) -> Iterator[list[nn.Linear]]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
@@ -22,8 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from decode.cache import SlotCache
-from decode.layout import is_transposed, multiply_packed, packed, side_by_side
+from decode.layout import ROWS_HINT, is_transposed, multiply_packed, packed, side_by_side
 from decode.models.trimmed import TrimmedHead, trimmed_head
 
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -52,7 +52,9 @@ class Projection(NamedTuple):
         weight, bias = self.weights[0], self.biases[0]
         if self.packed is not None:
             num_rows = x.numel() // x.shape[-1]
-            if num_rows > 1 and num_rows * weight.numel() >= PACKED_PAYS:
+            # Compiled once, it is for any number of rows but one.
+            expected = ROWS_HINT if torch.compiler.is_compiling() else num_rows
+            if num_rows > 1 and expected * weight.numel() >= PACKED_PAYS:
                 return multiply_packed(x, self.packed, bias)
         if len(self.weights) == 1:
             return F.linear(x, weight, bias)
@@ -119,7 +121,7 @@ class LeanForward:
         self,
         tokens: Tensor,
         masks: Masks,
-        cache: SlotCache,
+        cache: Cache,
         *,
         start: int | None = None,
         positions: Tensor | None = None,
@@ -131,7 +133,7 @@ class LeanForward:
         Args:
             tokens: [B, N].
             masks: additive, [B, 1, N, L]; one, or one per kind of layer.
-            cache: keys and values, opened for these tokens.
+            cache: keys and values, a `SlotCache` opened for these tokens or what stands for it.
             start: first place of a single chain.
             positions: [B, N] of anything else.
             layers: hidden states to return, numbered as transformers does: the last one is normed.
@@ -183,7 +185,7 @@ class LeanForward:
         return rotated * cos + swapped * sin, values
 
     def _attended(
-        self, rotated: Tensor, values: Tensor, index: int, mask: Tensor, cache: SlotCache
+        self, rotated: Tensor, values: Tensor, index: int, mask: Tensor, cache: Cache
     ) -> Tensor:
         """What attention gives for the heads of layer `index`: [B, N, H * E]."""
         batch, width, _, _ = rotated.shape

@@ -29,6 +29,7 @@ class Target:
     """A transformers model that prefills, verifies and commits; its weights stay as they are.
 
     Attributes:
+        compiles: forwards are compiled where that works.
         is_encoder_decoder: it reads a source besides the text it continues.
         sources: slot -> the source of the sequence there.
         forced_eos: the last token of an output that reaches its limit, where the generation config
@@ -36,7 +37,12 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_batch_size: int = 8, max_length: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+        compiles: bool = False,
     ):
         """Wrap `model` for up to `max_batch_size` sequences at a time.
 
@@ -46,16 +52,22 @@ class Target:
             max_batch_size: slots of the cache.
             max_length: tokens per sequence, prompt included; the model's context by default. Of an
                 encoder-decoder model these are the decoder's.
+            compiles: let torch compile the forwards of single sequences, the target's and those of
+                small models that draft for it. That takes a while at the first time; what cannot be
+                compiled, or gives other numbers then, runs as it would without, with a warning.
 
         Raises:
-            ValueError: the model cannot be decoded by this runtime, or its generation config asks
-                for what this runtime does not apply.
+            ValueError: the model cannot be decoded by this runtime, or compiled as asked, or its
+                generation config asks for what this runtime does not apply.
         """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be >= 1, got {max_batch_size}")
         check_supported(model)
         self.model = model.eval()
-        self.cached = CachedModel(model, num_slots=max_batch_size, max_length=max_length)
+        self.compiles = compiles
+        self.cached = CachedModel(
+            model, num_slots=max_batch_size, max_length=max_length, compiles=compiles
+        )
         self.max_batch_size = max_batch_size
         self.max_length = self.cached.max_length
         self.vocab_size = self.cached.vocab_size

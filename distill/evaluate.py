@@ -116,6 +116,12 @@ class Evaluate:
                 the folder holds other work.
         """
         self._check_names()
+        if self.target.compile and self.batch_size > 1:
+            raise UserError(
+                "target.compile=true is for prompts decoded one by one, and "
+                f"batch_size={self.batch_size}",
+                hint="leave out one of the two",
+            )
         folders = {name: find_drafter(path) for name, path in self.drafters.items()}
         settings = self._settings(folders)
         folder = RunFolder(self.output, settings)
@@ -125,7 +131,7 @@ class Evaluate:
             return report
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        target = self.target.load(may_be_quantized=True, may_have_encoder=True)
+        target = self.target.load(is_only_decoded=True, may_have_encoder=True)
         lay_out_for_decoding(target.model)
         prompts = self._load_prompts(target)
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -133,6 +139,7 @@ class Evaluate:
             target.model,
             max_batch_size=self.batch_size,
             max_length=target.cache_length(longest, self.sampling.max_new_tokens),
+            compiles=self.target.compile,
         )
         loaded = self._load_drafters(target, wrapped, folders)
         certificates = self._certify(wrapped, loaded, prompts) if self.certify else {}

@@ -96,6 +96,10 @@ class TargetSettings:
         quantization: int8 quarters the memory of a Llama-like model in float32 on a CPU and decodes
             several times as fast, on one thread; what is decoded exactly then is that model, which
             is near the one in float32. Only evaluate takes it.
+        compile: let torch compile the forwards of single sequences, the target's and those of small
+            models that draft for it, at its first use some ten seconds each. What cannot be
+            compiled here, or gives other numbers then, runs as it would without. Only evaluate
+            takes it, with prompts decoded one by one.
         attention: transformers' attn_implementation, sdpa or eager; None lets it choose.
         trust_remote_code: run code that the checkpoint brings along.
     """
@@ -105,6 +109,7 @@ class TargetSettings:
     dtype: Dtype = Dtype.float32
     device: str = "auto"
     quantization: Quantization = Quantization.none
+    compile: bool = False
     attention: str | None = None
     trust_remote_code: bool = False
 
@@ -132,22 +137,33 @@ class TargetSettings:
             ) from error
 
     def load(
-        self, *, may_be_quantized: bool = False, may_have_encoder: bool = False
+        self, *, is_only_decoded: bool = False, may_have_encoder: bool = False
     ) -> LoadedTarget:
         """Model and tokenizer.
 
         The fingerprint is that of the weights as stored: a drafter of theirs is one in int8 too.
 
         Args:
-            may_be_quantized: it is only decoded with.
+            is_only_decoded: it may be quantised, and compiled.
             may_have_encoder: an encoder-decoder model will do too.
 
         Raises:
             UserError: nothing is there, it is no such model, the device is not, or it is to be
-                quantised where it may not or cannot be.
+                quantised or compiled where it may not or cannot be.
         """
         is_quantized = self.quantization is not Quantization.none
-        if is_quantized and not may_be_quantized:
+        if self.compile and not is_only_decoded:
+            raise UserError(
+                "target.compile=true is for evaluate, which decodes prompts one by one",
+                hint="leave it out here",
+            )
+        if self.compile and is_quantized:
+            raise UserError(
+                f"target.quantization={self.quantization.value} has kernels of its own, which "
+                "target.compile=true would not change",
+                hint="leave out one of the two",
+            )
+        if is_quantized and not is_only_decoded:
             raise UserError(
                 f"target.quantization={self.quantization.value} is for evaluate: rows and drafters "
                 "are made from the target itself",
@@ -158,6 +174,13 @@ class TargetSettings:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         config = self.load_config(may_have_encoder=may_have_encoder)
+        if config.is_encoder_decoder and self.compile:
+            raise UserError(
+                f"the forward of {type(config).__name__.removesuffix('Config')}, an "
+                "encoder-decoder model, is not compiled",
+                self.location,
+                "leave out target.compile",
+            )
         try:
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = auto.from_pretrained(

@@ -14,6 +14,9 @@ times is that of speeds. `--json FILE` writes
     int8_over_fp32                             our assisted tokens/s with both models in int8 / in
                                                fp32; another target, near the first, so other
                                                texts; only where the CPU can (AVX512-VNNI)
+    compiled_over_lean_autoregressive, compiled_over_lean_assisted
+                                               with --compile: our tokens/s with forwards compiled
+                                               by torch / without
     batch8_over_transformers_assisted          8 prompts: our assisted tokens/s, all at once, /
                                                theirs, one by one, as they must be
     generation16_over_transformers             48 prompts, 16 at a time, each to its EOS: our
@@ -307,6 +310,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled forwards too; may take a minute more"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -334,15 +340,26 @@ def main() -> None:
         "transformers assisted": theirs(targets[0], drafters[0], args.max_new_tokens),
         "ours, assisted": ours(target, drafter, args.max_new_tokens),
     }
+
+    def add(kind: str, target: Target, drafter: LMDrafter) -> None:
+        """Two more ways of decoding."""
+        target_forwards.append(Forwards.of_ours(target.cached))
+        drafter_forwards.append(Forwards.of_ours(drafter.reader.cached))
+        modes[f"{kind}, autoregressive"] = ours(target, NoDrafter(), args.max_new_tokens)
+        modes[f"{kind}, assisted"] = ours(target, drafter, args.max_new_tokens)
+
     if is_available():
         int8_target = Target(load_in_int8(args.target), max_batch_size=1)
         int8_drafter = LMDrafter(
             load_in_int8(args.drafter), target=int8_target, draft_length=args.draft_length
         )
-        target_forwards.append(Forwards.of_ours(int8_target.cached))
-        drafter_forwards.append(Forwards.of_ours(int8_drafter.reader.cached))
-        modes["int8, autoregressive"] = ours(int8_target, NoDrafter(), args.max_new_tokens)
-        modes["int8, assisted"] = ours(int8_target, int8_drafter, args.max_new_tokens)
+        add(INT8, int8_target, int8_drafter)
+    if args.compile:
+        compiled_target = Target(load_for_decoding(args.target), max_batch_size=1, compiles=True)
+        compiled_drafter = LMDrafter(
+            load_for_decoding(args.drafter), target=compiled_target, draft_length=args.draft_length
+        )
+        add("compiled", compiled_target, compiled_drafter)
     rounds, mismatches = time_rounds(modes, prompts, target_forwards, drafter_forwards, args.rounds)
 
     def median(name: str, figure: str) -> float:
@@ -376,6 +393,13 @@ def main() -> None:
         ),
         "loop_overhead_fraction": median("ours, assisted", "other"),
     }
+    if args.compile:
+        figures |= {
+            f"compiled_over_lean_{mode}": ratio(
+                f"compiled, {mode}", f"ours, {mode}", "tokens_per_second"
+            )
+            for mode in ("autoregressive", "assisted")
+        }
     if is_available():
         figures["int8_over_fp32"] = ratio("int8, assisted", "ours, assisted", "tokens_per_second")
     theirs_alone = modes["transformers assisted"]

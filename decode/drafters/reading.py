@@ -41,7 +41,10 @@ class Reader:
             )
         self._target = target
         self.cached = CachedModel(
-            model.eval(), num_slots=target.max_batch_size, max_length=target.max_length
+            model.eval(),
+            num_slots=target.max_batch_size,
+            max_length=target.max_length,
+            compiles=target.compiles,
         )
         self.cache = self.cached.cache
         self.device = target.device

@@ -30,8 +30,13 @@ def cache_folder() -> str:
     paths = [path for name in FOLDERS for path in Path(__file__).parents[1].glob(f"{name}/*.py")]
     sources = b"".join(path.read_bytes() for path in sorted(paths))
     state = hashlib.sha256(sources + numba.__version__.encode()).hexdigest()[:16]
+    return kept_folder(f"compiled-{state}", config.CACHE_DIR)
+
+
+def kept_folder(name: str, parent: str | None = None) -> str:
+    """A folder for compiled code, in `parent` or the user's cache, or elsewhere if not there."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(config.CACHE_DIR or os.path.join(home, "draftsmith")) / f"compiled-{state}"
+    folder = Path(parent or os.path.join(home, "draftsmith")) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -139,8 +139,7 @@ def test_sequences_that_share_a_step_share_the_length_that_is_best_for_all():
         policy.begin(slot)
     for _ in range(60):
         for slot in range(8):
-            (length,) = policy.choose([slot])
-            policy.observe([slot], [length], [length if slot == 0 else 0], [[]])
+            policy.observe([slot], [8], [8 if slot == 0 else 0], [[]])
     good, bad = policy.choose([0])[0], policy.choose([1])[0]
     assert good > 4 > 1 >= bad
     pair, everyone = policy.choose([0, 1]), policy.choose(list(range(8)))

@@ -257,6 +257,34 @@ def test_only_an_evaluation_takes_a_quantised_target() -> None:
         TargetSettings(quantization=Quantization.int8).load()
 
 
+def test_compiled_forwards_are_taken_and_the_output_is_the_same(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(1) or function)
+    target = TargetSettings(path=str(folders / "target"), compile=True)
+    evaluation(folders, tmp_path, target=target, certify=True).run()
+    assert len(compiled) == 6  # the target and two drafters, each for one token and for several
+    for certificate in json.loads((tmp_path / "certificate.json").read_text()).values():
+        assert certificate["mismatches"] == []
+    assert capsys.readouterr().err.count("Compiled the forward of LlamaForCausalLM") == 6
+
+
+def test_what_cannot_be_compiled_is_refused(folders: Path, tmp_path: Path) -> None:
+    path = str(folders / "target")
+    both = TargetSettings(path=path, quantization=Quantization.int8, compile=True)
+    with pytest.raises(UserError, match=r"target.quantization=int8 has kernels of its own"):
+        evaluation(folders, tmp_path / "int8", target=both).run()
+    target = TargetSettings(path=path, compile=True)
+    with pytest.raises(UserError, match=r"decoded one by one, and batch_size=2"):
+        evaluation(folders, tmp_path / "batch", target=target, batch_size=2).run()
+    with pytest.raises(UserError, match=r"target.compile=true is for evaluate"):
+        target.load()
+
+
 def test_trees_and_other_rules_are_chosen_by_settings(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
