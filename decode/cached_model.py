@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -148,13 +149,11 @@ class CachedModel:
             nodes = tree if is_tree else None
             self.encoder_decoder.open(slots, starts, window.num_keys, tree=nodes, encoded=encoded)
         start = None if is_tree or window.slot is None else window.starts[0]
-
-        def uncompiled() -> tuple[Tensor, dict[int, Tensor]]:
-            return self._run(tokens, mask, positions, self.cache, layers, start=start, keep=keep)
-
+        inputs = (tokens, mask, positions, self.cache, layers)
         if self._compiled is None or keep is not None:
-            logits, hidden = uncompiled()
+            logits, hidden = self._run(*inputs, start=start, keep=keep)
         else:
+            uncompiled = partial(self._run, *inputs, start=start)
             logits, hidden = self._compiled(tokens, mask, positions, window, layers, uncompiled)
         if commit is not None:
             self.cache.commit(slots, commit)
