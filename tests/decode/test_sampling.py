@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from decode import SamplingBatch, SamplingParams
-from decode.sampling import argmax, draw, generator_for, warp
+from decode.sampling import draw, generator_for, warp
 
 CPU = torch.device("cpu")
 
@@ -58,13 +58,6 @@ def test_tokens_as_likely_as_the_kth_stay():
 def test_greedy_puts_everything_on_the_first_of_the_likeliest():
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
     assert warp(logits, SamplingParams()).tolist() == [[0, 1, 0], [1, 0, 0]]
-    assert argmax(logits).tolist() == [1, 0]
-
-
-def test_argmax_is_torchs():
-    logits = random_logits(3, 4, 50)
-    assert torch.equal(argmax(logits), logits.argmax(-1))
-    assert argmax(logits.bfloat16()).shape == (3, 4)
 
 
 def test_probabilities_are_float32_whatever_the_model_computes_in():
