@@ -1,6 +1,7 @@
 """Runs of `draftsmith train`, and how they share the rows of a table."""
 
 import json
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from distill.checkpoint import latest
 from distill.drafter_folder import read_description, weights_hash
 from distill.errors import UserError
 from distill.run_folder import SETTINGS, SUMMARY
 
+WEIGHTS = "model.safetensors"
 PLAIN = "plain"  # our loop without a drafter, on the target that is given
 # Settings that follow from others, or by which seeds differ.
 DERIVED = {
@@ -101,6 +105,48 @@ class Run:
                 tokens += new
                 seconds += new / line["tokens_per_second"]
         return tokens, seconds
+
+
+@dataclass(frozen=True)
+class LastStep(Run):
+    """A run with the weights after its last step, where the best τ came before.
+
+    Attributes:
+        copy: the drafter's folder, with these weights.
+    """
+
+    copy: Path
+
+    @property
+    def drafter(self) -> Path:
+        """The drafter's folder."""
+        return self.copy
+
+
+def at_last_step(run: Run, into: Path) -> Run:
+    """The run as it is if its drafter is that of the last step, else with a copy that is.
+
+    Args:
+        run: finished.
+        into: folder that gets the copy.
+
+    Raises:
+        UserError: there is no checkpoint of the last step, or its weights are not the drafter's
+            alone (adapters, a target trained too).
+    """
+    steps = run.settings()["trainer.steps"]
+    if json.loads((run.folder / SUMMARY).read_text())["best_step"] == steps:
+        return run
+    last = latest(run.folder / "checkpoints")
+    if last is None or last.step != steps:
+        raise UserError(f"there is no checkpoint of step {steps:,}", run.folder)
+    weights, own = (load_file(path / WEIGHTS) for path in (last.path, run.drafter))
+    if weights.keys() != own.keys():
+        raise UserError("the checkpoint has other weights than the drafter alone", last.path)
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(run.drafter, into)
+    save_file(weights, into / WEIGHTS, metadata={"format": "pt"})
+    return LastStep(run.folder, into)
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,9 @@
 and against the target that belongs to the heads: where that was fine-tuned, its own greedy output.
 How far it has moved is told. A cell that was not trained stays empty.
 
-95 % intervals of a bootstrap over prompts and seeds at once; changes are paired by prompt.
+Runs that differ in nothing but the seed share a cell. 95 % intervals of a bootstrap over prompts
+and seeds at once, which few seeds make too narrow: their lowest and highest τ stand beside. Changes
+are paired by prompt.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from decode.drafters import load_drafter
 from distill.drafter_folder import check_target, read_description
 from distill.errors import UserError
 from distill.prompts import Prompt, StandardLibraryPrompts
+from distill.report.bootstrap import divide
 from distill.runs import Run, check_seeds
 from distill.target import LoadedTarget, TargetSettings
 
@@ -90,6 +93,13 @@ def report(
         lines.append([name, *(shown.get(k, "–") for k in blocks)])
         figures.append({"row": name, **{f"k={k}": asdict(one) for k, one in cells.items()}})
 
+    def line_of_seeds(name: str, backbone: str, data: str) -> None:
+        found = {k: counts.get((k, backbone, data)) for k in blocks}
+        each = {k: tau_of_seeds(one) for k, one in found.items() if one is not None}
+        shown = {k: f"{min(taus):.2f}–{max(taus):.2f}" for k, taus in each.items()}
+        lines.append([name, *(shown.get(k, "–") for k in blocks)])
+        figures.append({"row": name, **{f"k={k}": taus for k, taus in each.items()}})
+
     def of(backbone: str, data: str) -> dict[int, Array]:
         return {k: taus[k, backbone, data] for k in blocks if (k, backbone, data) in taus}
 
@@ -98,17 +108,26 @@ def report(
 
     for backbone in BACKBONES:
         text, rows = (of(backbone, data) for data in DATA.values())
-        line(f"{backbone}, text", text)
-        line(f"{backbone}, Seq-KD", rows)
+        for data, found in zip(DATA.values(), (text, rows), strict=True):
+            line(f"{backbone}, {data}", found)
+            line_of_seeds(f"{backbone}, {data}: of the seeds", backbone, data)
         line(f"{backbone}: Seq-KD over text", ratio(rows, text), is_change=True)
     for data in DATA.values():
         frozen, tuned = (of(backbone, data) for backbone in BACKBONES)
         line(f"{data}: fine-tuned over frozen", ratio(tuned, frozen), is_change=True)
     for data in DATA.values():
-        found = [moved.get((k, BACKBONES[1], data)) for k in blocks]
-        cells = ["–" if one is None else f"KL {one[0]:.2f}, {one[1]:.0%} alike" for one in found]
+        distances = [moved.get((k, BACKBONES[1], data)) for k in blocks]
+        cells = [
+            "–" if one is None else f"KL {one[0]:.2f}, {one[1]:.0%} alike" for one in distances
+        ]
         lines.append([f"{data}: how far the target moved", *cells])
     return lines, figures
+
+
+def tau_of_seeds(counts: Array) -> list[float]:
+    """Of every seed by itself, from [S, 2, P]."""
+    emitted, steps = counts.sum(2).T
+    return [float(tau) for tau in divide(emitted, steps)]
 
 
 def how_far(runs: Sequence[Run]) -> tuple[float, float]:

@@ -32,3 +32,18 @@ def test_a_table_by_hand() -> None:
     assert found["text: fine-tuned over frozen"] == ["+50.0 % [+50.0, +50.0]", "–"]
     assert found["text: how far the target moved"] == ["KL 0.12, 90% alike", "–"]
     assert figures[0]["k=2"]["value"] == 1.2
+
+
+def test_seeds_are_pooled_and_told_apart() -> None:
+    """Forwards are summed, not rates averaged: a seed that needs more of them counts for more."""
+
+    def seed(tau: float, steps: float) -> np.ndarray:
+        return np.array([[tau * steps] * 3, [steps] * 3])  # [2, P]
+
+    lines, figures = report({(2, "frozen", "text"): np.stack([seed(1.2, 10), seed(1.6, 30)])}, {})
+    found = {name: cells for name, *cells in lines}
+    assert found["frozen, text"] == ["1.50 [1.20, 1.60]"]
+    assert found["frozen, text: of the seeds"] == ["1.20–1.60"]
+    assert found["frozen, Seq-KD: of the seeds"] == ["–"]
+    by_row = {figure["row"]: figure for figure in figures}
+    np.testing.assert_allclose(by_row["frozen, text: of the seeds"]["k=2"], [1.2, 1.6])

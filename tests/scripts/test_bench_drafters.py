@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill.errors import UserError
 from distill.report.bootstrap import tail
-from distill.runs import Run, rows_of
+from distill.runs import Run, at_last_step, rows_of
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
 
@@ -105,6 +105,43 @@ def test_paths_of_rows_are_short_where_that_tells_them_apart(
         for number, path in enumerate(paths)
     ]
     assert set(rows_of(runs)) == shown
+
+
+def checkpoint(run: Run, step: int, name: str, value: float) -> None:
+    """Of that step."""
+    folder = run.folder / f"checkpoints/step-{step:08}"
+    folder.mkdir(parents=True)
+    save_file({name: torch.full((2, 3), value)}, folder / "model.safetensors")
+
+
+def test_the_last_weights_take_the_place_of_the_best(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", 5, LM, trainer={"steps": 20})
+    (run.folder / "summary.json").write_text('{"best_step": 0}')
+    checkpoint(run, 20, "weight", 7.0)
+    last = at_last_step(run, tmp_path / "copy")
+    assert last.name == run.name
+    assert last.weights() != run.weights()
+    assert load_file(last.drafter / "model.safetensors")["weight"].eq(7).all()
+    assert load_file(run.drafter / "model.safetensors")["weight"].eq(5).all()
+
+
+def test_a_best_that_is_the_last_is_taken_as_it_is(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", 5, LM, trainer={"steps": 20})
+    (run.folder / "summary.json").write_text('{"best_step": 20}')
+    assert at_last_step(run, tmp_path / "copy") is run
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "said"), [(10, "weight", "no checkpoint of step 20"), (20, "other", "weights")]
+)
+def test_last_weights_that_are_not_there_are_missed(
+    tmp_path: Path, step: int, name: str, said: str
+) -> None:
+    run = trained(tmp_path / "run", 5, LM, trainer={"steps": 20})
+    (run.folder / "summary.json").write_text('{"best_step": 0}')
+    checkpoint(run, step, name, 7.0)
+    with pytest.raises(UserError, match=said):
+        at_last_step(run, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("others", [[0], [0, 2], [0, 0]])
