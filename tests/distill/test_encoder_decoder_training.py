@@ -20,7 +20,6 @@ from distill.evaluate import Evaluate
 from distill.export import Export
 from distill.generate import Generate
 from distill.joint import JointSettings
-from distill.loop import Trainer
 from distill.lora import LoraSettings
 from distill.objectives import AdaSPEC, CrossEntropy, EndToEndTV, ForwardKL
 from distill.pipeline import Pipeline, Variant
@@ -31,7 +30,7 @@ from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
-from tests.distill.tiny import TRAINER, bart, save_target, t5
+from tests.distill.tiny import TRAINER, bart, run_until_killed, save_target, t5
 
 HEADS = {
     "blockwise": Blockwise(num_heads=3),
@@ -199,24 +198,12 @@ def test_prompts_that_are_held_out_leave_the_rows(train, root):
 @pytest.mark.parametrize(
     ("name", "in_the_loop"), [("blockwise", False), ("blockwise", True), ("hydra++", False)]
 )
-def test_a_killed_training_goes_on_to_the_same_bits(
-    train, tmp_path, monkeypatch, name, in_the_loop
-):
+def test_a_killed_training_goes_on_to_the_same_bits(train, tmp_path, name, in_the_loop):
     if in_the_loop:
         train = replace(train, data=InTheLoop(source=train.data, every=2, num_prompts=6))
     train = replace(train, drafter=HEADS[name])
     whole = replace(train, output=tmp_path / "whole").run()
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=3)
     again = train.run()
     final = [checkpoints.latest(run / "checkpoints").path for run in (again.parent, whole.parent)]
     ours, theirs = ((path / "model.safetensors").read_bytes() for path in final)

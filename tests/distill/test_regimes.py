@@ -40,7 +40,7 @@ from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import Train
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, llama, save_target, training
+from tests.distill.tiny import VOCAB, llama, run_until_killed, save_target, training
 
 SHORT = SamplingParams(temperature=1.0, max_new_tokens=6, ignore_eos=True)
 
@@ -391,7 +391,7 @@ def test_batches_hold_their_share_of_fresh_outputs(target, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
 @pytest.mark.parametrize("kind", [OnPolicy, MixedTokens, InTheLoop])
-def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, monkeypatch, kind, at):
+def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, kind, at):
     data = Mixture(
         parts={"fresh": regime(kind), "other": regime(InTheLoop, every=4)},
         weights={"fresh": 0.7, "other": 0.3},
@@ -399,17 +399,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, monkeypatch, ki
     whole = make_train(target, tmp_path / "whole", data)
     whole.run()
     train = replace(whole, output=tmp_path / "run")
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == at:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=at)
     train.run()
     assert written(train.output) == written(whole.output)
     assert len(written(train.output)) == 3 + 2
@@ -419,19 +409,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, monkeypatch, ki
         assert (final[0] / name).read_bytes() == (final[1] / name).read_bytes()
 
 
-def test_a_run_whose_data_are_gone_is_refused(target, tmp_path, monkeypatch):
+def test_a_run_whose_data_are_gone_is_refused(target, tmp_path):
     train = make_train(target, tmp_path / "run")
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 5:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=5)
     (train.output / "written" / "pool-1-step-00000003.jsonl").unlink()
     with pytest.raises(UserError, match="what was written while training cannot be read"):
         train.run()

@@ -17,14 +17,13 @@ from distill.batches import Example, SeqKD
 from distill.errors import UserError
 from distill.export import Export
 from distill.generate import Generate
-from distill.loop import Trainer
 from distill.objectives import CrossEntropy, ForwardKL, LKLambda
 from distill.shrinking import VocabularySettings, frequent_ids, in_words, learnt_counts
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, save_target, training
+from tests.distill.tiny import VOCAB, run_until_killed, save_target, training
 
 EOS = 2
 
@@ -112,20 +111,10 @@ print(*result.tokens)
     assert list(map(int, done.stdout.split())) == own[0, 3:].tolist()
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(train, tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_to_the_same_bits(train, tmp_path):
     train = replace(train, **KINDS["pruned and trimmed"])
     whole = replace(train, output=tmp_path / "whole").run()
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=3)
     again = train.run()
     for name in ("model.safetensors", "draftsmith.json", "config.json"):
         assert (again / name).read_bytes() == (whole / name).read_bytes()

@@ -37,7 +37,6 @@ from distill.drafter_folder import check_target
 from distill.errors import UserError
 from distill.generate import Generate
 from distill.joint import JointSettings
-from distill.loop import Trainer
 from distill.objectives import (
     AdaSPEC,
     CrossEntropy,
@@ -51,7 +50,7 @@ from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
 from distill.train import LoraSettings, SamplingParams
 from tests.distill import tiny
-from tests.distill.tiny import VOCAB, save_target, training
+from tests.distill.tiny import VOCAB, run_until_killed, save_target, training
 
 
 @dataclass(frozen=True)
@@ -270,22 +269,10 @@ def test_heads_learn_what_follows(train, settings, objective, depth_weights):
 
 
 @EACH_HEADS
-def test_a_killed_training_of_heads_goes_on_to_the_same_bits(
-    train, settings, tmp_path, monkeypatch
-):
+def test_a_killed_training_of_heads_goes_on_to_the_same_bits(train, settings, tmp_path):
     train = replace(train, drafter=settings, trainer=replace(train.trainer, learning_rate=0.01))
     whole = replace(train, output=tmp_path / "whole").run()
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=3)
     assert checkpoints.latest(train.output / "checkpoints").step == 2
     again = train.run()
     for name in ("model.safetensors", "draftsmith.json", "config.json"):
@@ -315,7 +302,7 @@ def test_heads_read_the_target_whatever_the_objective(train):
 
 
 @pytest.mark.parametrize("first", [Medusa(num_heads=2), Blockwise(num_heads=2)], ids=str)
-def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypatch, first):
+def test_heads_and_target_are_trained_together(train, target, tmp_path, first):
     """In two stages; the finished folder holds the target that the heads belong to. Killed and
     resumed, in the middle of the warm-up, it ends with the same bits."""
     stage = replace(train, drafter=first, output=tmp_path / "first").run()
@@ -328,17 +315,7 @@ def test_heads_and_target_are_trained_together(train, target, tmp_path, monkeypa
         trainer=replace(train.trainer, learning_rate=0.05, warmup_steps=0, log_every=1),
     )
     whole = replace(train, output=tmp_path / "whole").run()
-    step = Trainer._train_step
-
-    def killed(trainer):
-        if trainer.step == 3:
-            raise SystemExit("killed")
-        step(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", killed)
-        with pytest.raises(SystemExit):
-            train.run()
+    run_until_killed(train, before_step=3)
     folder = train.run()
     for name in ("model.safetensors", "target/model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()

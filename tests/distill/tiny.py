@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,7 +25,7 @@ from transformers import (
 from decode import SamplingParams
 from decode.models import ScratchLM
 from distill.batches import Example
-from distill.loop import Precision, TrainerSettings
+from distill.loop import Precision, Trainer, TrainerSettings
 from distill.objectives import ForwardKL
 from distill.prompts import Prompt
 from distill.target import TargetSettings
@@ -163,3 +164,18 @@ def save_word_tokenizer(folder: Path, vocab_size: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+
+
+def run_until_killed(train: Train, *, before_step: int) -> None:
+    """Run, and end there without a word, as a killed process does."""
+    step = Trainer._train_step
+
+    def killed(trainer: Trainer) -> None:
+        if trainer.step == before_step:
+            raise SystemExit("killed")
+        step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", killed)
+        with pytest.raises(SystemExit):
+            train.run()
