@@ -1,25 +1,31 @@
 """Train the target that ships with the package: a small Llama of Python source.
 
-    python scripts/train_embedded_target.py --out distill/embedded_target --minutes 92
+    python scripts/train_embedded_target.py --out distill/embedded_target
 
 Data: the standard library of the running interpreter, its `target` split
 (distill/standard_library.py). Model: 8 layers x 256, tied embeddings, byte-level BPE of 4,096
 tokens, context 1,024; 7.3 M parameters. Optimiser: Muon (Jordan 2024) for the matrices, AdamW for
-embeddings and norms, bf16 autocast; warm-up, constant, then linear decay over the last 30 % of the
-time. Progress is kept in OUT.partial: a run that was cut off goes on where it was.
+embeddings and norms, bf16 autocast. Two phases, each with a warm-up, a constant and a linearly
+decaying learning rate: the model learns the text; then, as small models repeat themselves for ever
+when they decode greedily, it also unlearns the repeats of its own outputs (scripts/repeats.py).
+Progress is kept in OUT.partial: a run that was cut off goes on where it was.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import platform
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from repeats import RUN, distance_from_unrepeated, ends_in_loop, greedy_outputs, repeated
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -28,12 +34,17 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.progress import Progress
+from distill.prompts import StandardLibraryPrompts
 from distill.run_folder import write_json, write_text
 from distill.standard_library import pieces
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 CONTEXT = 1024
 SAVE_EVERY = 300  # seconds
+OWN_OUTPUTS = 16  # in a step of the second phase
+OWN_LENGTH = 160  # tokens of each
+SHOWN_TOKENS = 128  # of greedy outputs that are measured and shown
+NUM_SHOWN = 3
 
 CARD = """\
 ---
@@ -54,10 +65,12 @@ model hub. It writes text that looks like Python; it is not a programming assist
 | split | by a hash of the module's name: 76 % of modules here, 16 % for distillation prompts, 8 % held out; no text is in two of them |
 | licence of the data | PSF License Agreement (Python Software Foundation); some modules carry their own compatible notice |
 | tokens seen | {tokens_seen:,} in {steps:,} steps, {minutes:.0f} minutes on {cores} cores |
+| of these while it unlearned its repeats | {finish_tokens_seen:,} in {finish_steps:,} steps, {finish_minutes:.0f} minutes |
 | bits per byte, held-out modules | {held_out:.3f} ({held_out_documents} documents, cut to the context) |
 | bits per byte, training documents | {trained:.3f} |
+| greedy, {continuations} held-out prompts x {continuation_tokens} tokens | {loops} end in a loop; {repeats:.0%} of the tokens end a run of {run} that stood there before (real text: {real_repeats:.0%}) |
 
-Made by `python scripts/train_embedded_target.py --out {out} --minutes {minutes:.0f}`.
+Made by `python scripts/train_embedded_target.py --out {out} --minutes {learn_minutes:.0f} --finish-minutes {finish_minutes:.0f}`.
 
 ## What it writes
 
@@ -171,36 +184,56 @@ def load_progress(
     return facts
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training.
+
+    Attributes:
+        minutes: how long.
+        lr: highest learning rate.
+        decay: share of the time, at its end, in which the rate falls to 0.
+        lengths: up to which share of the time windows of how many tokens are read.
+        more: takes the step's number and adds gradients to those of the text.
+    """
+
+    minutes: float
+    lr: float
+    decay: float
+    lengths: tuple[tuple[float, int], ...]
+    more: Callable[[int], None] | None = None
+
+
 def train(
-    args: argparse.Namespace, model: LlamaForCausalLM, stream: Tensor, path: Path
+    args: argparse.Namespace, phase: Phase, model: LlamaForCausalLM, stream: Tensor, path: Path
 ) -> dict[str, Any]:
     """Train for the given time; returns the counts."""
-    optimizers = optimizers_for(model, args.lr)
+    optimizers = optimizers_for(model, phase.lr)
     facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "tokens_seen": 0}
     if path.exists():
         facts = load_progress(path, model, optimizers)
-    total = args.minutes * 60
+    total = phase.minutes * 60
     before, started, saved = facts["seconds"], time.monotonic(), time.monotonic()
-    with Progress(int(total), unit="seconds", label="train") as progress:
+    with Progress(int(total), unit="seconds", label=path.stem) as progress:
         progress.skip(int(before))
         while facts["seconds"] < total:
             fraction = facts["seconds"] / total
-            # Short windows first: cheaper attention while the model learns local structure.
-            length = 256 if fraction < 0.5 else 512 if fraction < 0.8 else CONTEXT
+            length = next(length for end, length in phase.lengths if fraction < end)
             generator = torch.Generator().manual_seed(facts["steps"])
             places = torch.randint(
                 len(stream) - length - 1, (args.batch_tokens // length,), generator=generator
             )
             batch = torch.stack([stream[i : i + length] for i in places.tolist()])
             batch = batch.long().to(args.device)
-            scale = min(1.0, (facts["steps"] + 1) / 50) * min(1.0, (1 - fraction) / 0.3)
+            scale = min(1.0, (facts["steps"] + 1) / 50) * min(1.0, (1 - fraction) / phase.decay)
             with torch.autocast(args.device, dtype=torch.bfloat16):
                 loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
+            if phase.more is not None:
+                phase.more(facts["steps"])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = args.lr * scale
+                    group["lr"] = phase.lr * scale
                 optimizer.step()
                 optimizer.zero_grad()
             now = before + time.monotonic() - started
@@ -213,7 +246,33 @@ def train(
             if time.monotonic() - saved > SAVE_EVERY:
                 saved = time.monotonic()
                 save_progress(path, model, optimizers, facts)
+    save_progress(path, model, optimizers, facts)
     return facts
+
+
+def unlearner(
+    args: argparse.Namespace, model: LlamaForCausalLM, stream: Tensor
+) -> Callable[[int], None]:
+    """Adds a gradient away from the repeats that it writes behind beginnings of documents."""
+    teacher = copy.deepcopy(model)
+    begins = (stream == model.config.bos_token_id).nonzero()[:, 0]
+    ends = torch.cat([begins[1:], torch.tensor([len(stream)])]) - 1  # each before its EOS
+
+    def unlearn(step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        documents = torch.randint(len(begins), (OWN_OUTPUTS,), generator=generator)
+        lengths = torch.randint(16, 97, (OWN_OUTPUTS,), generator=generator)
+        stops = torch.minimum(begins[documents] + lengths, ends[documents])
+        prompts = [
+            stream[begin:stop].tolist()
+            for begin, stop in zip(begins[documents].tolist(), stops.tolist(), strict=True)
+        ]
+        outputs = greedy_outputs(model, prompts, OWN_LENGTH)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            loss = distance_from_unrepeated(model, teacher, prompts, outputs)
+        loss.backward()
+
+    return unlearn
 
 
 @torch.inference_mode()
@@ -232,23 +291,41 @@ def bits_per_byte(
     return bits / num_bytes
 
 
-@torch.inference_mode()
 def samples(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> list[str]:
-    """Greedy continuations of the first lines of documents, as Markdown."""
+    tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], outputs: list[list[int]]
+) -> str:
+    """Continuations, as Markdown."""
     shown = []
-    for text in texts:
-        prompt = "\n".join(text[:240].split("\n")[:-1])
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False
+    for prompt, output in zip(prompts, outputs, strict=True):
+        before, after = (
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, output)
         )
-        written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         shown.append(
-            f"````python\n{prompt}   # <- the prompt ends here\n{written.removeprefix(chr(10))}\n````"
+            f"````python\n{before}   # <- the prompt ends here\n{after.removeprefix(chr(10))}\n````"
         )
-    return shown
+    return "\n\n".join(shown)
+
+
+def greedy_figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What it writes behind beginnings of held-out documents, and how much of that repeats."""
+    found = StandardLibraryPrompts(split="evaluate", limit=96, prompt_tokens=64).load(tokenizer)
+    prompts = [prompt.ids for prompt in found]
+    outputs = greedy_outputs(model, prompts, SHOWN_TOKENS)
+    references = [
+        tokenizer(prompt.reference or "", add_special_tokens=False, verbose=False)["input_ids"]
+        for prompt in found
+    ]
+
+    def share(texts: list[list[int]]) -> float:
+        return sum(sum(repeated(ids)) for ids in texts) / sum(map(len, texts))
+
+    return {
+        "continuations": len(outputs),
+        "loops": sum(map(ends_in_loop, outputs)),
+        "repeats": share(outputs),
+        "real_repeats": share([ids[:SHOWN_TOKENS] for ids in references]),
+        "samples": samples(tokenizer, prompts[:NUM_SHOWN], outputs[:NUM_SHOWN]),
+    }
 
 
 def describe_model(
@@ -261,19 +338,24 @@ def describe_model(
     """Measure, and write the figures and the model card."""
     held_out = [piece.text for piece in pieces("evaluate")]
     random.Random(0).shuffle(held_out)
+    seconds, finish_seconds = facts["seconds"], facts["finish_seconds"]
     figures = facts | {
+        "minutes": seconds / 60,
+        "learn_minutes": (seconds - finish_seconds) / 60,
+        "finish_minutes": finish_seconds / 60,
         "parameters": model.num_parameters(),
         "train_documents": len(trained_on),
-        "minutes": facts["seconds"] / 60,
         "held_out": bits_per_byte(model, tokenizer, held_out[:400]),
         "held_out_documents": len(held_out[:400]),
         "trained": bits_per_byte(model, tokenizer, trained_on[:200]),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }
+    greedy = greedy_figures(model, tokenizer)
+    shown = {"continuation_tokens": SHOWN_TOKENS, "run": RUN, "samples": greedy.pop("samples")}
+    figures |= greedy
     write_json(args.out / "training.json", figures)
-    shown = "\n\n".join(samples(model, tokenizer, held_out[:3]))
-    write_text(args.out / "README.md", CARD.format(**(vars(args) | figures), samples=shown))
+    write_text(args.out / "README.md", CARD.format(**(vars(args) | figures | shown)))
 
 
 def main() -> None:
@@ -282,12 +364,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=92)
+    parser.add_argument("--minutes", type=float, default=92, help="to learn the text")
+    parser.add_argument("--finish-minutes", type=float, default=22, help="to unlearn repeats")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--finish-lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--describe", action="store_true", help="measure the model in --out again; no training"
@@ -317,7 +401,14 @@ def main() -> None:
     print(f"{len(texts):,} documents, {len(stream):,} tokens")
 
     model = new_model(args, tokenizer)
-    facts = train(args, model, stream, partial / "progress.safetensors")
+    # Short windows first: cheaper attention while the model learns local structure.
+    learn = Phase(args.minutes, args.lr, 0.3, ((0.5, 256), (0.8, 512), (1.0, CONTEXT)))
+    learnt = train(args, learn, model, stream, partial / "learn.safetensors")
+    unlearn = unlearner(args, model, stream)
+    finish = Phase(args.finish_minutes, args.finish_lr, 0.7, ((1.0, CONTEXT),), unlearn)
+    finished = train(args, finish, model, stream, partial / "finish.safetensors")
+    facts = {name: learnt[name] + finished[name] for name in learnt}
+    facts |= {f"finish_{name}": count for name, count in finished.items()}
     facts["train_tokens"] = len(stream)
     model = model.to(torch.bfloat16).eval()
     model.generation_config.do_sample = False
