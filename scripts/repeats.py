@@ -76,4 +76,5 @@ def distance_from_unrepeated(
         logits[banned, ids[:, 1:][chosen][banned]] = -torch.inf
         p = logits.softmax(-1)
     log_q = model(input_ids=ids).logits[:, :-1][chosen].float().log_softmax(-1)
-    return (torch.xlogy(p, p) - p * log_q).sum(-1).mean()
+    distances: Tensor = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    return distances.mean()

@@ -270,7 +270,7 @@ def unlearner(
         outputs = greedy_outputs(model, prompts, OWN_LENGTH)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             loss = distance_from_unrepeated(model, teacher, prompts, outputs)
-        loss.backward()
+        torch.autograd.backward(loss)
 
     return unlearn
 
