@@ -44,7 +44,7 @@ SAVE_EVERY = 300  # seconds
 OWN_OUTPUTS = 16  # in a step of the second phase
 OWN_LENGTH = 160  # tokens of each
 SHOWN_TOKENS = 128  # of greedy outputs that are measured and shown
-NUM_SHOWN = 3
+NUM_SHOWN = 6
 
 CARD = """\
 ---
