@@ -8,10 +8,11 @@ alone (Welleck et al. 2020) says what not to write and not what instead: here it
 was no Python.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from decode import Request, SamplingParams, SpeculativeDecoder, Target
@@ -62,13 +63,15 @@ def distance_from_unrepeated(
     Where the next token repeats, the teacher's law is without it.
     """
     texts = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    is_written, is_repeat = torch.zeros(2, *ids.shape, dtype=torch.bool)
-    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        ids[row, : len(text)] = torch.tensor(text)
-        is_written[row, len(prompt) : len(text)] = True
-        is_repeat[row, : len(text)] = torch.tensor(repeated(text))
-    ids, is_written, is_repeat = (x.to(model.device) for x in (ids, is_written, is_repeat))
+
+    def padded(rows: Iterable[Sequence[int]]) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
+
+    ids, is_repeat = padded(texts), padded(map(repeated, texts))
+    is_written = padded(
+        [False] * len(prompt) + [True] * len(output)
+        for prompt, output in zip(prompts, outputs, strict=True)
+    )
     chosen = is_written[:, 1:]
     with torch.no_grad():
         logits = teacher(input_ids=ids).logits[:, :-1][chosen].float()
@@ -76,5 +79,4 @@ def distance_from_unrepeated(
         logits[banned, ids[:, 1:][chosen][banned]] = -torch.inf
         p = logits.softmax(-1)
     log_q = model(input_ids=ids).logits[:, :-1][chosen].float().log_softmax(-1)
-    distances: Tensor = (torch.xlogy(p, p) - p * log_q).sum(-1)
-    return distances.mean()
+    return torch.nn.functional.kl_div(log_q, p, reduction="batchmean")

@@ -306,8 +306,10 @@ def samples(
     return "\n\n".join(shown)
 
 
-def greedy_figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What it writes behind beginnings of held-out documents, and how much of that repeats."""
+def greedy_figures(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> tuple[dict[str, Any], str]:
+    """How much of what it writes behind held-out beginnings repeats, and the first of that."""
     found = StandardLibraryPrompts(split="evaluate", limit=96, prompt_tokens=64).load(tokenizer)
     prompts = [prompt.ids for prompt in found]
     outputs = greedy_outputs(model, prompts, SHOWN_TOKENS)
@@ -319,13 +321,13 @@ def greedy_figures(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) 
     def share(texts: list[list[int]]) -> float:
         return sum(sum(repeated(ids)) for ids in texts) / sum(map(len, texts))
 
-    return {
+    figures = {
         "continuations": len(outputs),
         "loops": sum(map(ends_in_loop, outputs)),
         "repeats": share(outputs),
         "real_repeats": share([ids[:SHOWN_TOKENS] for ids in references]),
-        "samples": samples(tokenizer, prompts[:NUM_SHOWN], outputs[:NUM_SHOWN]),
     }
+    return figures, samples(tokenizer, prompts[:NUM_SHOWN], outputs[:NUM_SHOWN])
 
 
 def describe_model(
@@ -351,9 +353,9 @@ def describe_model(
         "python": platform.python_version(),
         "cores": os.cpu_count(),
     }
-    greedy = greedy_figures(model, tokenizer)
-    shown = {"continuation_tokens": SHOWN_TOKENS, "run": RUN, "samples": greedy.pop("samples")}
+    greedy, written = greedy_figures(model, tokenizer)
     figures |= greedy
+    shown = {"continuation_tokens": SHOWN_TOKENS, "run": RUN, "samples": written}
     write_json(args.out / "training.json", figures)
     write_text(args.out / "README.md", CARD.format(**(vars(args) | figures | shown)))
 

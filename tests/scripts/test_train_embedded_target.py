@@ -1,4 +1,4 @@
-"""The script that made the embedded target, on two small texts and for seconds."""
+"""The script that made the embedded target, on three small texts and for seconds."""
 
 import json
 import sys
