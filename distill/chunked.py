@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from distill.alignment import Aligned, Depth, TeacherSignal
 from distill.depth_weights import DepthWeights, Uniform
 from distill.judging import judged
-from distill.laws import Compared, TargetLaw, point_mass
+from distill.labels import Labelled
+from distill.laws import Compared
 from distill.objectives import LossTerms, Objective, Pointwise
 from distill.states import Head, at_least_float32, compute_dtype
 
@@ -112,11 +113,15 @@ class _Chunks:
     ) -> LossTerms:
         """The summed terms; the gradients are there afterwards."""
         total: LossTerms | None = None
-        for chunk, logits, compared in self.compared(signal, objective.temperature, chunk_size):
+        for chunk, logits, depths in (
+            self.labelled(chunk_size)
+            if signal is None
+            else self.compared(signal, objective.temperature, chunk_size)
+        ):
             terms, gradients = judged(
                 objective,
                 depth_weights,
-                compared,
+                depths,
                 [depth.labels[chunk] for depth in self.depths],
                 [None if depth.valid is None else depth.valid[chunk] for depth in self.depths],
                 kept=[None if depth.kept is None else depth.kept[chunk] for depth in self.depths],
@@ -132,21 +137,13 @@ class _Chunks:
         return total
 
     def compared(
-        self, signal: TeacherSignal | None, temperature: float, chunk_size: int
+        self, signal: TeacherSignal, temperature: float, chunk_size: int
     ) -> Iterator[tuple[slice, list[Tensor], list[Compared]]]:
-        """Chunk by chunk: its places, and at every depth the logits and what the target says.
-
-        No places at all make one empty chunk: the terms are zeros then, under their usual names.
-        """
-        places = len(self.depths[0].labels)
-        for begin in range(0, max(places, 1), chunk_size):
-            chunk = slice(begin, min(begin + chunk_size, places))
-            laws = [_law(signal, depth, chunk) for depth in self.depths]
+        """Chunk by chunk: its places, and at every depth the logits and what the target says."""
+        for chunk in self._slices(chunk_size):
+            laws = [signal.law(_rows(depth, chunk)) for depth in self.depths]  # under autocast
             with torch.autocast(self.device, enabled=False):
-                logits = [
-                    head.cap(at_least_float32(head.project(hidden[chunk])))
-                    for hidden, head in self._plain
-                ]
+                logits = self._logits(chunk)
                 yield (
                     chunk,
                     logits,
@@ -155,6 +152,32 @@ class _Chunks:
                         for law, drafted, (_, head) in zip(laws, logits, self._plain, strict=True)
                     ],
                 )
+
+    def labelled(self, chunk_size: int) -> Iterator[tuple[slice, list[Tensor], list[Labelled]]]:
+        """Chunk by chunk: its places, and at every depth the logits and what the text says."""
+        for chunk in self._slices(chunk_size):
+            with torch.autocast(self.device, enabled=False):
+                logits, found = self._logits(chunk), []
+                for depth, drafted, (_, head) in zip(self.depths, logits, self._plain, strict=True):
+                    # They may be overwritten, and the slope of a cap is told by them.
+                    own = drafted if head.softcap is None else drafted.clone()
+                    found.append(Labelled.at(depth.labels[chunk], own, head.kept))
+                yield chunk, logits, found
+
+    def _slices(self, chunk_size: int) -> list[slice]:
+        """The chunks' places.
+
+        No places at all make one empty chunk: the terms are zeros then, under their usual names.
+        """
+        places = len(self.depths[0].labels)
+        begins = range(0, max(places, 1), chunk_size)
+        return [slice(begin, min(begin + chunk_size, places)) for begin in begins]
+
+    def _logits(self, chunk: slice) -> list[Tensor]:
+        """Of every depth at these places, [t, V]."""
+        return [
+            head.cap(at_least_float32(head.project(hidden[chunk]))) for hidden, head in self._plain
+        ]
 
     def _without_gradient(self, depth: Depth) -> tuple[Tensor, Head]:
         """States and head without gradient, in the dtype of the products."""
@@ -200,13 +223,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def _law(signal: TeacherSignal | None, depth: Depth, chunk: slice) -> TargetLaw:
-    """What the target says about a chunk's labels; without it, that they are certain."""
-    if signal is None:
-        return point_mass(depth.labels[chunk])
-    return signal.law(_rows(depth, chunk))
 
 
 def _rows(depth: Depth, chunk: slice) -> slice | Tensor:

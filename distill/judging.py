@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.depth_weights import DepthWeights
+from distill.labels import Labelled
 from distill.laws import Compared
 from distill.objectives import LossTerms, Objective
 
@@ -16,7 +17,7 @@ from distill.objectives import LossTerms, Objective
 def judged(
     objective: Objective,
     depth_weights: DepthWeights,
-    depths: Sequence[Compared],
+    depths: Sequence[Compared] | Sequence[Labelled],
     labels: Sequence[Tensor],
     valid: Sequence[Tensor | None],
     *,
@@ -36,13 +37,13 @@ def judged(
     `greedy_alpha`, p(argmax q), that of one that drafts greedily; `top1_agreement`, that at
     temperature 0; and `accepted_length` of drafts of all depths. Without a target, `accuracy`.
     """
-    dtype = depths[0].draft.probs.dtype
+    all_told = [_told(depth) for depth in depths]
+    dtype = next(iter(all_told[0].values())).dtype
     is_real, is_kept = _stacked(valid, labels).to(dtype), _stacked(kept, labels).to(dtype)  # [K, T]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     rates: dict[str, list[Tensor]] = {}
-    for number, compared in enumerate(depths):
+    for number, told in enumerate(all_told):
         suffix = f"_{number + 1}" if len(depths) > 1 else ""
-        told = _rates(compared) if objective.needs_target else _hits(compared)
         for name, rate in told.items():
             rate = rate * is_real[number]
             metrics[_numbered(name, suffix)] = (rate.sum(), is_real[number].sum())
@@ -78,6 +79,11 @@ def _numbered(name: str, suffix: str) -> str:
     return f"{head}{suffix}_{tail}" if tail in ("lower", "upper") else f"{name}{suffix}"
 
 
+def _told(depth: Compared | Labelled) -> dict[str, Tensor]:
+    """Rates [T] by their names."""
+    return {"accuracy": depth.hits} if isinstance(depth, Labelled) else _rates(depth)
+
+
 def _rates(compared: Compared) -> dict[str, Tensor]:
     """Acceptance rates [T] that the two distributions imply."""
     target, draft, lumped = compared.target.probs, compared.draft.probs, compared.lumped
@@ -96,10 +102,3 @@ def _rates(compared: Compared) -> dict[str, Tensor]:
         "greedy_alpha_lower": known,
         "top1_agreement": (likeliest == drafted)[:, 0].to(known.dtype),
     }
-
-
-def _hits(compared: Compared) -> dict[str, Tensor]:
-    """Where the likeliest token is the label, [T], of which alone the law is certain."""
-    assert compared.lumped is not None
-    drafted, labels = compared.token_probs.argmax(-1), compared.lumped.ids[:, 0]
-    return {"accuracy": (drafted == labels).to(compared.token_probs.dtype)}

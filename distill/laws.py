@@ -207,12 +207,6 @@ class Compared:
         return gradient if self.temperature == 1 else gradient.div_(self.temperature)
 
 
-def point_mass(labels: Tensor) -> TopLaw:
-    """The law that has no doubt about its labels [T]: forward KL from it is cross-entropy."""
-    certain = torch.zeros(len(labels), 1, device=labels.device)
-    return TopLaw(labels[:, None], certain, certain[:, 0])
-
-
 def _trimmed(law: FullLaw, draft_logits: Tensor, temperature: float, kept: Kept) -> Compared:
     """Over the kept ids; the target's probabilities are those among all."""
     logits = law.logits[:, : len(kept.places)]

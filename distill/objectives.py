@@ -10,12 +10,13 @@ Shape legend: K depths of a draft, T places, O outcomes (all tokens, or a stored
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from distill import divergences
+from distill.labels import Labelled
 from distill.laws import Compared
 
 
@@ -53,11 +54,12 @@ class Objective(Protocol):
         """How many consecutive tokens an independent model's places predict together."""
         ...
 
-    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def judge(self, depths: Sequence[Any], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Judge the drafter's predictions.
 
         Args:
-            depths: K of T places each.
+            depths: K of T places each: `Compared` with the target, or `Labelled` where it is not
+                needed.
             weights: [K, T]; 0 where there is nothing to predict.
 
         Returns:
@@ -109,9 +111,13 @@ class CrossEntropy:
     temperature: ClassVar[float] = 1.0
     block: ClassVar[int] = 1
 
-    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """-Σ w log q(label): the forward KL from the labels' point masses."""
-        return ForwardKL().judge(depths, weights)
+    def judge(self, depths: Sequence[Labelled], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """-Σ w log q(label)."""
+        values, gradients = [], []
+        for depth, weight in zip(depths, weights, strict=True):
+            values.append((depth.losses * weight).sum())
+            gradients.append(depth.logit_gradient(weight))
+        return torch.stack(values).sum(), gradients
 
 
 @dataclass(frozen=True, kw_only=True)

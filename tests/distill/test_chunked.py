@@ -47,6 +47,23 @@ def inputs(dtype=torch.float64, vocab=VOCAB):
     return random(TOKENS, HIDDEN), random(VOCAB, HIDDEN), random(VOCAB), labels, target
 
 
+def test_autocast_is_the_targets_too():
+    """In every chunk its products take the precision that the drafter's take."""
+    hidden, weight, _, labels, target = inputs(torch.float32)
+    precisions = []
+
+    class Watched:
+        def law(self, rows):
+            precisions.append(torch.is_autocast_enabled("cpu"))
+            return target.law(rows)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        projected_loss(
+            one(States(hidden, Head(weight)), labels), Watched(), ForwardKL(), chunk_size=3
+        )
+    assert precisions == [True] * 3
+
+
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_a_token_weighs_what_it_is_given_at_every_depth(chunk_size):
     """The second depth predicts the token behind, where there is one."""

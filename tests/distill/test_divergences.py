@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.divergences import forward_kl
-from distill.laws import Compared, FullLaw, Outcomes, TopLaw, point_mass
+from distill.laws import Compared, FullLaw, Outcomes, TopLaw
 from distill.objectives import GreedyAcceptance
 from tests.distill.plain import POINTWISE, VALUES
 
@@ -130,17 +130,6 @@ def test_one_token_is_certain(objective):
     value, gradient = judged(objective, FullLaw(torch.zeros(2, 1)), torch.ones(2, 1))
     assert value.tolist() == [0, 0]
     assert gradient.tolist() == [[0], [0]]
-
-
-def test_a_label_is_a_point_mass():
-    _, draft = logits(4)
-    draft.requires_grad_()
-    labels = torch.tensor([0, 3, 6, 1])
-    plain = torch.nn.functional.cross_entropy(draft, labels, reduction="none")
-    compared = Compared.at(point_mass(labels), draft.detach(), 1.0)
-    value, slope = forward_kl(compared.target, compared.draft)
-    torch.testing.assert_close(value, plain.detach())
-    torch.testing.assert_close(compared.logit_gradient(slope), gradient_of(plain, draft))
 
 
 def test_what_trains_from_scratch():
