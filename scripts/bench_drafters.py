@@ -5,11 +5,12 @@
     python scripts/bench_drafters.py runs/grid/* --out runs/grid/table
 
 Runs that differ in nothing but the seed share a row, named by the settings in which rows differ.
-All drafters continue the same held-out prompts one by one, in chains, beside our loop without a
-drafter. Every output's counts are on disk as they come, and a second call goes on from there: it
-times the loop without a drafter again, and an output's time is only ever held against that loop's
-on the same prompt in the same call. A run that trained its target too is measured with that target,
-its speed is over the plain loop on that target, and its τ is not compared with the others'.
+All drafters continue the same held-out prompts, --batch at a time, in chains, beside our loop
+without a drafter. Every output's counts are on disk as they come, and a second call goes on from
+there: it times the loop without a drafter again, and an output's time is only ever held against
+that loop's on the same prompts in the same call. A run that trained its target too is measured with
+that target, its speed is over the plain loop on that target, and its τ is not compared with the
+others'.
 
 With --last the weights of the last step are measured, not those of the step with the best τ on
 training's few held-out prompts: where a method makes drafters worse, the table then says so.
@@ -100,7 +101,9 @@ class Pair:
 Pairs = dict[tuple[str, float, str], Pair]  # (run, temperature, prompt) ->
 
 
-def modes_of(runs: Sequence[Run], given: LoadedTarget, draft_length: int) -> dict[str, Mode]:
+def modes_of(
+    runs: Sequence[Run], given: LoadedTarget, draft_length: int, batch: int
+) -> dict[str, Mode]:
     """Every run's drafter, and the plain loop on every target.
 
     Raises:
@@ -109,7 +112,7 @@ def modes_of(runs: Sequence[Run], given: LoadedTarget, draft_length: int) -> dic
 
     def plain(name: str, target: LoadedTarget) -> Mode:
         lay_out_for_decoding(target.model)
-        wrapped = Target(target.model, max_batch_size=1)
+        wrapped = Target(target.model, max_batch_size=batch)
         return Mode(name, target.fingerprint, name, wrapped, NoDrafter())
 
     targets = {PLAIN: given}
@@ -131,7 +134,11 @@ def modes_of(runs: Sequence[Run], given: LoadedTarget, draft_length: int) -> dic
 
 
 def measure(
-    modes: Mapping[str, Mode], prompts: Sequence[Prompt], max_new_tokens: int, journal: Path
+    modes: Mapping[str, Mode],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch: int,
+    journal: Path,
 ) -> Pairs:
     """Every drafter on every prompt, at both temperatures, as far as it is not in the journal."""
     outputs = read(journal)
@@ -139,49 +146,60 @@ def measure(
     plain_of = {mode.name: mode.plain for mode in modes.values() if mode.name != mode.plain}
     done = paired(outputs, plain_of)
     session = 1 + max((output.session for output in outputs), default=0)
-    work: list[tuple[Prompt, float, list[Mode]]] = []
-    for number, prompt in enumerate(prompts):
+    work: list[tuple[Sequence[Prompt], float, list[Mode]]] = []
+    for number, first in enumerate(range(0, len(prompts), batch)):
+        together = prompts[first : first + batch]
         for temperature in TEMPERATURES:
-            left = [n for n in plain_of if (n, temperature, prompt.id) not in done]
+            left = [
+                name
+                for name in plain_of
+                if any((name, temperature, prompt.id) not in done for prompt in together)
+            ]
             needed = {plain_of[name] for name in left} | set(left)
             order = [mode for mode in modes.values() if mode.name in needed]
             shift = number % max(len(order), 1)
-            work.append((prompt, temperature, order[shift:] + order[:shift]))
+            work.append((together, temperature, order[shift:] + order[:shift]))
     warm_up = {mode.name: mode for _, _, order in work for mode in order}
-    total = len(warm_up) + sum(len(order) for _, _, order in work)
+    total = len(warm_up) + sum(len(order) * len(together) for together, _, order in work)
     with journal.open("a") as file, Progress(total, unit="outputs", label="measure") as progress:
         for mode in warm_up.values():
-            decode(mode, prompts[0], TEMPERATURES[0], max_new_tokens)
+            decode(mode, prompts[:1], TEMPERATURES[0], max_new_tokens)
             progress.advance(1)
-        for prompt, temperature, order in work:
+        for together, temperature, order in work:
             for mode in order:
-                counts = decode(mode, prompt, temperature, max_new_tokens)
-                output = Output(session, mode.name, mode.weights, temperature, prompt.id, counts)
-                outputs.append(output)
-                file.write(json.dumps(dataclasses.asdict(output)) + "\n")
+                found = decode(mode, together, temperature, max_new_tokens)
+                for prompt, counts in zip(together, found, strict=True):
+                    where = session, mode.name, mode.weights, temperature, prompt.id
+                    outputs.append(Output(*where, counts))
+                    file.write(json.dumps(dataclasses.asdict(outputs[-1])) + "\n")
                 file.flush()
-                progress.advance(1)
+                progress.advance(len(together))
     return paired(outputs, plain_of)
 
 
-def decode(mode: Mode, prompt: Prompt, temperature: float, max_new_tokens: int) -> dict[str, float]:
-    """One output."""
+def decode(
+    mode: Mode, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int
+) -> list[dict[str, float]]:
+    """Their outputs; each has an equal share of the time that they took together."""
     sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
-    request = Request(id=prompt.id, prompt=prompt.ids, sampling=sampling)
+    requests = [Request(id=prompt.id, prompt=prompt.ids, sampling=sampling) for prompt in prompts]
     decoder = SpeculativeDecoder(mode.target, mode.drafter)
     started = time.perf_counter()
-    (result,) = decoder.generate([request])
-    seconds = time.perf_counter() - started
-    stats = result.stats
-    found = (
-        stats.num_emitted_tokens,
-        stats.num_steps,
-        stats.num_accepted_tokens,
-        stats.num_tried_tokens,
-        len(result.tokens),
-        seconds,
-    )
-    return dict(zip(COUNTS, map(float, found), strict=True))
+    results = decoder.generate(requests)
+    seconds = (time.perf_counter() - started) / len(prompts)
+    all_counts = []
+    for result in results:
+        stats = result.stats
+        found = (
+            stats.num_emitted_tokens,
+            stats.num_steps,
+            stats.num_accepted_tokens,
+            stats.num_tried_tokens,
+            len(result.tokens),
+            seconds,
+        )
+        all_counts.append(dict(zip(COUNTS, map(float, found), strict=True)))
+    return all_counts
 
 
 def begin(journal: Path, settings: Mapping[str, Any]) -> None:
@@ -367,6 +385,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--draft-length", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--last", action="store_true", help="the weights of the last step")
     parser.add_argument("--out", type=Path, required=True, help="journal, table and figures")
@@ -408,12 +427,13 @@ def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
         "temperatures": TEMPERATURES,
         "max_new_tokens": args.max_new_tokens,
         "draft_length": args.draft_length,
+        "batch": args.batch,
         "threads": args.threads,
         "torch": torch.__version__,
     }
     begin(journal, settings)
-    modes = modes_of(runs, target, args.draft_length)
-    pairs = measure(modes, prompts, args.max_new_tokens, journal)
+    modes = modes_of(runs, target, args.draft_length, args.batch)
+    pairs = measure(modes, prompts, args.max_new_tokens, args.batch, journal)
     num_seeds = len(next(iter(rows.values())))
     lines, figures = report(rows, Table(pairs, [prompt.id for prompt in prompts], num_seeds))
     lines.insert(1, ["---"] * len(lines[0]))

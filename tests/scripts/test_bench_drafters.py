@@ -12,20 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from decode import Target
+from decode.drafters import LMDrafter, NoDrafter
 from distill.errors import UserError
+from distill.prompts import Prompt
 from distill.report.bootstrap import tail
 from distill.runs import Run, at_last_step, rows_of
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
 
 from bench_drafters import (
+    COUNTS,
     PLAIN,
+    Mode,
     Output,
     Pair,
     Table,
     begin,
     cell,
     check_weights,
+    measure,
     paired,
     read,
     report,
@@ -264,3 +270,27 @@ def test_an_output_counts_only_beside_the_plain_loop_of_its_session() -> None:
     found = paired(outputs, dict.fromkeys(("one", "two", "three"), PLAIN))
     seconds = {name: (p.own["seconds"], p.plain["seconds"]) for (name, _, _), p in found.items()}
     assert seconds == {"one": (2.0, 1.0), "three": (5.0, 4.0)}
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_prompts_are_measured_together_and_once(
+    tmp_path: Path, tiny: Any, perturbed: Any, prompt: Any, batch: int
+) -> None:
+    model = tiny("llama")
+    prompts = [Prompt(str(n), prompt(n), "", None, "") for n in (5, 7, 9)]
+
+    def modes(batch: int) -> dict[str, Mode]:
+        target = Target(model, max_batch_size=batch)
+        drafter = LMDrafter(perturbed(model), target=target, draft_length=3)
+        plain = Mode(PLAIN, "", PLAIN, target, NoDrafter())
+        return {PLAIN: plain, "lm": Mode("lm", "", PLAIN, target, drafter)}
+
+    def counted(batch: int, name: str) -> dict[tuple[float, str], list[float]]:
+        journal = tmp_path / name
+        begin(journal, {})
+        pairs = measure(modes(batch), prompts, 12, batch, journal)
+        assert len(measure(modes(batch), prompts, 12, batch, journal)) == len(pairs) == 6
+        assert len(read(journal)) == 12
+        return {key[1:]: [pair.own[c] for c in COUNTS[:-1]] for key, pair in pairs.items()}
+
+    assert counted(batch, "together") == counted(1, "one by one")
