@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from decode.cache import SlotCache, Window
@@ -51,12 +52,16 @@ class CachedModel:
         *,
         num_slots: int,
         max_length: int | None = None,
+        num_ids: int | None = None,
         compiles: bool = False,
     ):
         """Wrap `model` for `num_slots` sequences of up to `max_length` tokens.
 
-        `max_length` defaults to the model's context and is never more. With `compiles`, forwards of
-        single sequences are compiled by torch, where that works (`decode/compiled_forward.py`).
+        `max_length` defaults to the model's context and is never more. `num_ids` is how many ids
+        those who call have, where that is not the model's own number: ids that only they have are
+        read as the model's last one and are impossible, ids that only the model has are cut off.
+        With `compiles`, forwards of single sequences are compiled by torch, where that works
+        (`decode/compiled_forward.py`).
 
         Raises:
             ValueError: the model keeps state that cannot be rolled back, or its attention takes no
@@ -75,6 +80,7 @@ class CachedModel:
         self.device = model.device
         # The decoder of a translation model may have a vocabulary of its own.
         self.vocab_size: int = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+        self._surplus = 0 if num_ids is None else num_ids - self.vocab_size
         self.max_length: int = min(context, max_length or context)
         refuse_switching_rotary(config, self.max_length)
         self.cache = SlotCache(
@@ -132,6 +138,8 @@ class CachedModel:
                 sources, as `encode` gives them.
         """
         width = tokens.shape[1]
+        if self._surplus > 0:
+            tokens = tokens.clamp(max=self.vocab_size - 1)
         is_tree = tree is not None and not tree.is_chain
         window = self.cache.open(slots, width, self.device, is_tree=is_tree, num_read=num_read)
         if tree is not None and is_tree:
@@ -157,11 +165,17 @@ class CachedModel:
             logits, hidden = self._compiled(tokens, mask, positions, window, layers, uncompiled)
         if commit is not None:
             self.cache.commit(slots, commit)
+        if self._surplus != 0:
+            logits = pad(logits, (0, self._surplus), value=-torch.inf)
         return ModelOutput(logits, hidden)
 
     def encode(self, sources: Sequence[Tensor]) -> Encoded | None:
         """What an encoder makes of the sources [S]; None of a model without one."""
-        return None if self.encoder_decoder is None else self.encoder_decoder.encode(sources)
+        if self.encoder_decoder is None:
+            return None
+        if self._surplus > 0:
+            sources = [source.clamp(max=self.vocab_size - 1) for source in sources]
+        return self.encoder_decoder.encode(sources)
 
     def release(self, slot: int) -> None:
         """The sequence in `slot` is finished."""

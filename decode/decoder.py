@@ -59,15 +59,16 @@ class _Batch:
         self.slots = [sequence.slot for sequence in sequences]
         self._all_tokens = tokens
         first, last = self.slots[0], self.slots[-1]
-        self._view = tokens[first : last + 1] if last - first == len(self.slots) - 1 else None
+        # The texts as they lie, where the slots are neighbours.
+        self.view = tokens[first : last + 1] if last - first == len(self.slots) - 1 else None
         self.sampling = SamplingBatch.of(
             [sequence.sampling for sequence in sequences],
             [sequence.generator for sequence in sequences],
         )
 
-    def tokens(self, longest: int) -> Tensor:
-        """[B, longest or more] the texts; a view, no copy, where the slots are neighbours."""
-        return self._all_tokens[:, :longest][self.slots] if self._view is None else self._view
+    def gathered(self, longest: int) -> Tensor:
+        """[B, longest] the texts, copied together."""
+        return self._all_tokens[:, :longest][self.slots]
 
     def settle(self) -> None:
         """Share out what the steps took."""
@@ -177,13 +178,17 @@ class SpeculativeDecoder:
         return acceptance
 
     def _context(self, batch: "_Batch") -> Context:
-        lengths = [sequence.length for sequence in batch.sequences]
+        lengths, roots, room = [], [], []
+        for sequence in batch.sequences:  # not three comprehensions, of which each is a call
+            lengths.append(sequence.length)
+            roots.append((sequence.output or sequence.request.prompt)[-1])
+            room.append(sequence.limit - len(sequence.output) - 1)
         return Context(
             slots=batch.slots,
-            tokens=batch.tokens(max(lengths)),
-            roots=[s.output[-1] if s.output else s.request.prompt[-1] for s in batch.sequences],
+            tokens=batch.gathered(max(lengths)) if batch.view is None else batch.view,
+            roots=roots,
             lengths=lengths,
-            room=[s.limit - len(s.output) - 1 for s in batch.sequences],
+            room=room,
             hidden=self._hidden(batch) if self.drafter.hidden_layers else NO_STATES,
             sampling=batch.sampling,
         )
@@ -227,7 +232,11 @@ class SpeculativeDecoder:
                 reason = "length"
             if reason == "length" and self.target.forced_eos is not None:
                 new[-1] = self.target.forced_eos
-            self._extend(sequence, new)
+            text = self._buffer[sequence.slot]
+            for place, token in enumerate(new, start=sequence.length):  # an array takes longer
+                text[place] = token
+            sequence.output += new
+            sequence.length += len(new)
             if reason is not None:
                 sequence.finish_reason = reason
                 batch.has_finished = True
@@ -248,14 +257,6 @@ class SpeculativeDecoder:
             sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
         if output.hidden:
             sequence.hidden = {layer: states[row, nodes] for layer, states in output.hidden.items()}
-
-    def _extend(self, sequence: _Sequence, new: list[int]) -> None:
-        """Append `new` tokens to the output and the text."""
-        text = self._buffer[sequence.slot]
-        for place, token in enumerate(new, start=sequence.length):  # an array of them takes longer
-            text[place] = token
-        sequence.output += new
-        sequence.length += len(new)
 
     def _admit(self, waiting: Iterator[Request]) -> Generator[GenerationResult, None, bool]:
         """Fill the free slots; requests that do not fit the context are answered at once.

@@ -202,7 +202,7 @@ class Target:
                 f"the drafter proposed token {int(unknown[0])}; the target has the tokens 0 to "
                 f"{self.vocab_size - 1}"
             ) from error
-        return self._allowed(output)
+        return output if self._banned is None else self._allowed(output)
 
     def commit(self, slots: Sequence[int], draft: Draft, acceptance: Acceptance) -> None:
         """Keep the keys and values of the accepted paths, drop the rest."""

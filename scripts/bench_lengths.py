@@ -92,7 +92,8 @@ def places_of(reader: Reader, text: list[int], start: int, longest: int) -> list
         tokens = torch.tensor([[text[end - 1]] for end in part])
         drafted, sure = [], []
         for _ in range(longest):
-            laws = reader.read(slots, tokens, commit=[1] * len(slots))[:, -1].softmax(-1)
+            output = reader.cached.forward(slots, tokens, commit=[1] * len(slots))
+            laws = output.logits[:, -1].softmax(-1)
             confidences, chosen = laws.max(-1)
             tokens = chosen[:, None]
             drafted.append(chosen)

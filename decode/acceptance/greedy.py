@@ -1,6 +1,5 @@
 """Greedy acceptance: a draft token is kept where it is the target's own argmax."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,33 +26,33 @@ class Greedy:
         """Judge `draft` by the argmax of the target's logits [B, N, V]."""
         # The decoder needs the outcome on the host anyway, and there a walk down the tree is both
         # the shortest and the fastest way to write this.
-        choice, tokens = _choice_of(target_logits), draft.tokens.tolist()
+        # On the CPU a choice is looked for when it is asked for, by numpy, whose argmax is the
+        # faster one: most of a draft is never reached.
+        logits, choices = None, []
+        if target_logits.is_cpu and target_logits.dtype is torch.float32:
+            logits = target_logits.numpy()
+        else:
+            choices = target_logits.argmax(-1).tolist()
+        tokens = draft.tokens.tolist()
         parents = None if draft.is_chain else draft.parents.tolist()
         paths, next_tokens, tries = [], [], []
         for row, num_nodes in enumerate(draft.num_nodes.tolist()):
-            path, num_tried, wanted, drafted = [0], 0, choice(row, 0), tokens[row]
+            path, num_tried, drafted = [0], 0, tokens[row]
+            wanted = choices[row][0] if logits is None else int(logits[row, 0].argmax())
             for node in range(1, num_nodes):  # parents come first: a child is met after its parent
                 parent = node - 1 if parents is None else parents[row][node]
                 if parent == path[-1]:
                     num_tried += 1
                     if drafted[node] == wanted:
                         path.append(node)
-                        wanted = choice(row, node)
+                        wanted = (
+                            choices[row][node]
+                            if logits is None
+                            else int(logits[row, node].argmax())
+                        )
                     elif parents is None:
                         break  # nothing else hangs there
             paths.append(path)
             next_tokens.append(wanted)
             tries.append(num_tried)
         return Acceptance(paths, next_tokens, tries)
-
-
-def _choice_of(logits: Tensor) -> Callable[[int, int], int]:
-    """(row, node) -> the first of the tokens that `logits` [B, N, V] make likeliest there.
-
-    On the CPU it is looked for when it is asked for: most of a draft is never reached.
-    """
-    if logits.is_cpu and logits.dtype is torch.float32:
-        rows = logits.numpy()
-        return lambda row, node: int(rows[row, node].argmax())
-    choices = logits.argmax(-1).tolist()
-    return lambda row, node: int(choices[row][node])

@@ -12,6 +12,7 @@ class Chain:
     Attributes:
         draft: of all tokens; the next chains are written to the same one.
         columns: N views [B, 1], one of each place.
+        arrays: the same for numpy, or None where they are not on the CPU.
     """
 
     def __init__(self, batch: int, width: int, device: torch.device):
@@ -21,24 +22,24 @@ class Chain:
             self.columns = [tokens[:, place : place + 1] for place in range(width)]
         self.draft = Draft.chain(tokens)
         is_on_cpu = device.type == "cpu"
-        self._arrays = [column.numpy() for column in self.columns] if is_on_cpu else []
+        self.arrays = [column.numpy() for column in self.columns] if is_on_cpu else None
 
     def put(self, place: int, tokens: list[int]) -> None:
         """These tokens, one of each chain, come to `place`."""
-        if self._arrays:
-            column = self._arrays[place]
-            for row, token in enumerate(tokens):
-                column[row, 0] = token
-        else:
+        if self.arrays is None:
             self.columns[place].copy_(torch.tensor(tokens)[:, None])
+            return
+        column = self.arrays[place]
+        for row, token in enumerate(tokens):
+            column[row, 0] = token
 
     def put_likeliest(self, place: int, logits: Tensor) -> None:
         """The first of the likeliest tokens of `logits` [B, 1, V] comes to `place`.
 
         On the CPU numpy's argmax is ten times as fast as torch's.
         """
-        if self._arrays and logits.dtype is torch.float32:
-            logits.numpy().argmax(-1, self._arrays[place])
+        if self.arrays is not None and logits.dtype is torch.float32:
+            logits.numpy().argmax(-1, self.arrays[place])
         else:
             torch.argmax(logits, -1, out=self.columns[place])
 

@@ -73,7 +73,8 @@ class TreeInCache(GrowingTree):
             torch.full((len(tokens),), self.num_read, device=tokens.device),
             is_chain=self._is_chain,
         )
-        self.logits = self._reader.read(self._slots, tokens, tree=tree, num_read=num_read)
+        forward = self._reader.cached.forward
+        self.logits = forward(self._slots, tokens, tree=tree, num_read=num_read).logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from decode.cached_model import CachedModel
-from decode.draft import Draft
 from decode.models.trimmed import trimmed_head
 from decode.protocols import Context
 from decode.target import Target
@@ -44,6 +43,7 @@ class Reader:
             model.eval(),
             num_slots=target.max_batch_size,
             max_length=target.max_length,
+            num_ids=target.vocab_size,
             compiles=target.compiles,
         )
         self.cache = self.cached.cache
@@ -52,7 +52,6 @@ class Reader:
         head = trimmed_head(model)
         num_ids = self.cached.vocab_size if head is None else head.out_features
         self.num_choices = min(target.vocab_size, num_ids)
-        self._surplus = target.vocab_size - self.cached.vocab_size
 
     def begin(self, slot: int, prompt: Tensor) -> None:
         """Read the prompt [T] but for its last token, which the first draft begins with.
@@ -64,10 +63,10 @@ class Reader:
         width, encoded = num_read, None
         if self.cached.encoder_decoder is not None:
             source = self._target.sources[slot][: self.cached.encoder_decoder.max_source_length]
-            encoded = self.cached.encode([self._readable(source)])
+            encoded = self.cached.encode([source])
             width = max(num_read, 1)  # the source comes to the slot with a first forward
         if width > 0:
-            tokens = self._readable(prompt[None, :width].to(self.device))
+            tokens = prompt[None, :width].to(self.device)
             self.cached.forward([slot], tokens, keep=[], commit=[num_read], encoded=encoded)
 
     def depths(self, context: Context, wanted: Sequence[int]) -> list[int]:
@@ -112,30 +111,8 @@ class Reader:
         committed = missing if commit_roots else [max(0, count - 1) for count in missing]
         if not self.is_on_cpu:
             tokens = tokens.to(self.device)
-        logits = self.read(slots, tokens, commit=committed)
+        logits = self.cached.forward(slots, tokens, commit=committed).logits
         if min(missing) == width:
             return logits if width == 1 else logits[:, -1:]
         last = torch.tensor(missing, device=logits.device).clamp(min=1) - 1
         return logits[torch.arange(len(slots), device=logits.device), last][:, None]
-
-    def read(
-        self,
-        slots: list[int],
-        tokens: Tensor,
-        *,
-        tree: Draft | None = None,
-        num_read: int = 0,
-        commit: list[int] | None = None,
-    ) -> Tensor:
-        """[B, N, V] logits over the target's vocabulary; the arguments are the cached model's."""
-        if self._surplus > 0:
-            tokens = self._readable(tokens)
-        output = self.cached.forward(slots, tokens, tree=tree, num_read=num_read, commit=commit)
-        if self._surplus == 0:
-            return output.logits
-        # Ids that only the drafter has are cut off, ids that only the target has are impossible.
-        return torch.nn.functional.pad(output.logits, (0, self._surplus), value=-torch.inf)
-
-    def _readable(self, tokens: Tensor) -> Tensor:
-        """Ids that only the target has are read as the drafter's last one."""
-        return tokens.clamp(max=self.cached.vocab_size - 1) if self._surplus > 0 else tokens

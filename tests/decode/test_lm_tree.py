@@ -299,13 +299,14 @@ def test_no_token_is_read_twice_and_read_ones_are_kept(setting):
     drafter, texts = setting("llama", LikeliestChildren(TreePlan.expansion([2, 2, 2])))
     texts = texts[:2]
     widths: list[int] = []
-    read = drafter.reader.read
+    forward = drafter.reader.cached.forward
 
     def noted(slots, tokens, **rest):
-        widths.append(tokens.shape[1])
-        return read(slots, tokens, **rest)
+        if "keep" not in rest:  # of a prompt no logits are kept
+            widths.append(tokens.shape[1])
+        return forward(slots, tokens, **rest)
 
-    drafter.reader.read = noted
+    drafter.reader.cached.forward = noted
     draft = proposed(drafter, texts)
     assert widths == [1, 2, 4]  # the root, and the nodes that have children
     assert draft.tokens.shape[1] == 15
