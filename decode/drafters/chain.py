@@ -24,15 +24,6 @@ class Chain:
         is_on_cpu = device.type == "cpu"
         self.arrays = [column.numpy() for column in self.columns] if is_on_cpu else None
 
-    def put(self, place: int, tokens: list[int]) -> None:
-        """These tokens, one of each chain, come to `place`."""
-        if self.arrays is None:
-            self.columns[place].copy_(torch.tensor(tokens)[:, None])
-            return
-        column = self.arrays[place]
-        for row, token in enumerate(tokens):
-            column[row, 0] = token
-
     def put_likeliest(self, place: int, logits: Tensor) -> None:
         """The first of the likeliest tokens of `logits` [B, 1, V] comes to `place`.
 
@@ -58,5 +49,10 @@ class Chains:
         chain = self._known.get(size)
         if chain is None:
             chain = self._known[size] = Chain(*size, self._device)
-        chain.put(0, roots)
+        if chain.arrays is None:
+            chain.columns[0].copy_(torch.tensor(roots)[:, None])
+            return chain
+        column = chain.arrays[0]
+        for row, root in enumerate(roots):  # written one by one, they need no tensor
+            column[row, 0] = root
         return chain

@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from decode.drafters.chain import Chain, Chains
-
-CPU = torch.device("cpu")
+from decode.drafters.chain import Chains
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_first_of_the_likeliest_tokens_is_put(batch, dtype):
-    chain = Chain(batch, 4, CPU)
-    chain.put(0, list(range(batch)))
+    chain = Chains().begin(list(range(batch)), 4)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (3, batch, 1, 16), generator=generator).to(dtype)  # many equal
     for place in range(1, 4):
