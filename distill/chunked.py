@@ -159,9 +159,13 @@ class _Chunks:
             with torch.autocast(self.device, enabled=False):
                 logits, found = self._logits(chunk), []
                 for depth, drafted, (_, head) in zip(self.depths, logits, self._plain, strict=True):
-                    # They may be overwritten, and the slope of a cap is told by them.
-                    own = drafted if head.softcap is None else drafted.clone()
-                    found.append(Labelled.at(depth.labels[chunk], own, head.kept))
+                    # They may be overwritten: not where they are the states, or a cap's slope is
+                    # told by them.
+                    is_wanted = head.weight is None or head.softcap is not None
+                    labels = depth.labels[chunk]
+                    found.append(
+                        Labelled.at(labels, drafted.clone() if is_wanted else drafted, head.kept)
+                    )
                 yield chunk, logits, found
 
     def _slices(self, chunk_size: int) -> list[slice]:

@@ -10,7 +10,7 @@ Shape legend: T places, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.laws import FLOOR, Kept, log_sum
 
 IGNORED = -100  # instead of a label that a trimmed head cannot say
+FIRST_LIGER = (0, 8)  # the first that is known to tell hits beside losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,20 @@ class Labelled:
         if kept is not None:
             places = kept.places[labels]
             labels = torch.where(places < len(kept.ids), places, IGNORED)
-        by_liger = logits.is_cuda and logits.dtype is torch.float32 and has_liger()
-        return (judged_by_liger if by_liger else judged_by_torch)(labels, logits)
+        is_on_cuda = logits.is_cuda and logits.dtype is torch.float32
+        if is_on_cuda and len(labels) > 0 and has_liger():  # its kernel takes no empty chunk
+            return judged_by_liger(labels, logits)
+        return judged_by_torch(labels, logits)
 
 
 @cache
 def has_liger() -> bool:
-    """Whether the package liger-kernel is installed."""
-    return find_spec("liger_kernel") is not None
+    """Whether the package liger-kernel is installed, and new enough."""
+    try:
+        found = version("liger-kernel").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(found[0]), int(found[1])) >= FIRST_LIGER
 
 
 def judged_by_torch(labels: Tensor, logits: Tensor) -> Labelled:
@@ -64,7 +71,7 @@ def judged_by_torch(labels: Tensor, logits: Tensor) -> Labelled:
 
     def logit_gradient(weights: Tensor) -> Tensor:
         """W (q - 1[label])."""
-        weights = weights[:, None] * is_counted
+        weights = (weights[:, None] * is_counted).to(probs.dtype)
         return probs.mul_(weights).scatter_add_(-1, labels, -weights)
 
     return Labelled((losses * is_counted)[:, 0], hits[:, 0].to(probs.dtype), logit_gradient)
@@ -74,14 +81,17 @@ def judged_by_liger(labels: Tensor, logits: Tensor) -> Labelled:
     """The same in one kernel, which writes the gradient over the logits (Hsu et al. 2024)."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    logits = logits.detach().requires_grad_()
-    with torch.enable_grad():
+    gradient = logits.detach().contiguous()
+    with torch.enable_grad():  # or the kernel would leave the gradient out
         told = liger_cross_entropy(
-            logits, labels, ignore_index=IGNORED, reduction="none", return_token_accuracy=True
+            gradient.detach().requires_grad_(),
+            labels,
+            ignore_index=IGNORED,
+            reduction="none",
+            return_token_accuracy=True,
         )
-
-    def logit_gradient(weights: Tensor) -> Tensor:
-        """What the kernel has left, weighted."""
-        return torch.autograd.grad(told.loss, logits, weights)[0]
-
-    return Labelled(told.loss.detach().clamp_(max=-FLOOR), told.token_accuracy, logit_gradient)
+    return Labelled(
+        told.loss.detach().clamp_(max=-FLOOR),
+        told.token_accuracy.detach(),
+        lambda weights: gradient.mul_(weights[:, None]),
+    )

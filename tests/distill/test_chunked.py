@@ -166,13 +166,17 @@ def test_padded_vocabularies_are_compared_where_both_have_ids(vocab):
     torch.testing.assert_close(gradients, expected)
 
 
-def test_no_tokens_give_zero_and_zero_gradients():
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [(ForwardKL(), {"alpha", "greedy_alpha", "top1_agreement"}), (CrossEntropy(), {"accuracy"})],
+)
+def test_no_tokens_give_zero_and_zero_gradients(objective, told):
     hidden, weight, _, labels, target = inputs()
     states = one(States(hidden[:0], Head(weight)), labels[:0])
-    terms = projected_loss(states, target, ForwardKL())
+    terms = projected_loss(states, target, objective)
     assert terms.loss == 0
     assert terms.num_tokens == 0
-    assert terms.metrics.keys() == {"alpha", "greedy_alpha", "top1_agreement"}
+    assert terms.metrics.keys() == told
     terms.loss.backward()
     assert hidden.grad.abs().sum() == 0
     assert weight.grad.abs().sum() == 0

@@ -1,12 +1,14 @@
 """Cross-entropy on the text against torch's own, by both ways of computing it."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 from torch.nn import functional
 
 from distill.alignment import Aligned, Depth
 from distill.chunked import projected_loss
-from distill.labels import IGNORED, Labelled, judged_by_liger, judged_by_torch
+from distill.labels import IGNORED, Labelled, has_liger, judged_by_liger, judged_by_torch
 from distill.laws import FLOOR, Kept
 from distill.objectives import CrossEntropy
 from distill.states import Head, States
@@ -62,6 +64,20 @@ def test_labels_that_are_not_kept_have_neither_loss_nor_gradient():
     assert_as_expected(Labelled.at(labels, logits, kept), wanted, weights)
 
 
+@pytest.mark.parametrize(
+    ("installed", "is_new_enough"),
+    [("0.8.5", True), ("1.0.0", True), ("0.7.9", False), (None, False)],
+)
+def test_liger_is_used_where_it_is_new_enough(monkeypatch, installed, is_new_enough):
+    def version(name):
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr("distill.labels.version", version)
+    assert has_liger.__wrapped__() is is_new_enough
+
+
 @pytest.fixture
 def device() -> str:
     """Where Liger's kernels run: TRITON_INTERPRET=1 makes that the CPU."""
@@ -74,10 +90,13 @@ def device() -> str:
     return "cpu"
 
 
-def test_ligers_kernel_tells_the_same(device):
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_ligers_kernel_tells_the_same(device, is_contiguous):
     logits, labels, weights = (each.to(device) for each in inputs(torch.float32))
     labels[3] = IGNORED
     wanted = expected(logits, labels, weights)
+    if not is_contiguous:
+        logits = logits.T.contiguous().T
     assert_as_expected(judged_by_liger(labels, logits), wanted, weights)
 
 
