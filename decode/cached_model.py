@@ -171,11 +171,7 @@ class CachedModel:
 
     def encode(self, sources: Sequence[Tensor]) -> Encoded | None:
         """What an encoder makes of the sources [S]; None of a model without one."""
-        if self.encoder_decoder is None:
-            return None
-        if self._surplus > 0:
-            sources = [source.clamp(max=self.vocab_size - 1) for source in sources]
-        return self.encoder_decoder.encode(sources)
+        return None if self.encoder_decoder is None else self.encoder_decoder.encode(sources)
 
     def release(self, slot: int) -> None:
         """The sequence in `slot` is finished."""

@@ -63,7 +63,8 @@ class Reader:
         width, encoded = num_read, None
         if self.cached.encoder_decoder is not None:
             source = self._target.sources[slot][: self.cached.encoder_decoder.max_source_length]
-            encoded = self.cached.encode([source])
+            last = self.cached.model.config.vocab_size - 1  # the decoder's may be another one
+            encoded = self.cached.encode([source.clamp(max=last)])
             width = max(num_read, 1)  # the source comes to the slot with a first forward
         if width > 0:
             tokens = prompt[None, :width].to(self.device)

@@ -298,6 +298,24 @@ def test_costs_are_measured_and_hybrids_built(tiny_seq2seq, perturbed, expected)
         assert [result.tokens for result in results] == expected(model)
 
 
+def test_a_drafter_reads_the_source_with_its_encoders_own_ids(tiny_seq2seq, monkeypatch):
+    """Its decoder may have fewer than its encoder, and than the target's."""
+    apart = {"share_encoder_decoder_embeddings": False}
+    target = target_of(tiny_seq2seq("marian", **apart, decoder_vocab_size=60))
+    small = tiny_seq2seq("marian", seed=3, **apart, decoder_vocab_size=50)
+    drafter = LMDrafter(small, target=target, draft_length=3)
+    encode, read = drafter.reader.cached.encode, []
+
+    def noted(sources):
+        read.extend(source.tolist() for source in sources)
+        return encode(sources)
+
+    monkeypatch.setattr(drafter.reader.cached, "encode", noted)
+    request = Request(id="0", source=[90, 40, 70], sampling=SamplingParams(max_new_tokens=4))
+    SpeculativeDecoder(target, drafter).generate([request])
+    assert read == [[90, 40, 70]]
+
+
 def test_a_drafter_with_less_room_reads_what_it_can(tiny_seq2seq, expected):
     """Of long sources the beginning; behind its own context nothing is drafted."""
     model = tiny_seq2seq("bart")
