@@ -163,7 +163,7 @@ def measure(
     total = len(warm_up) + sum(len(order) * len(together) for together, _, order in work)
     with journal.open("a") as file, Progress(total, unit="outputs", label="measure") as progress:
         for mode in warm_up.values():
-            decode(mode, prompts[:1], TEMPERATURES[0], max_new_tokens)
+            decode(mode, prompts[:batch], TEMPERATURES[0], max_new_tokens)
             progress.advance(1)
         for together, temperature, order in work:
             for mode in order:
@@ -269,9 +269,15 @@ def paired(outputs: Sequence[Output], plain_of: Mapping[str, str]) -> Pairs:
 class Table:
     """Sums over prompts and seeds, and their bootstrap."""
 
-    def __init__(self, pairs: Pairs, prompts: Sequence[str], num_seeds: int):
-        """`prompts` by id; all rows have as many seeds."""
+    def __init__(
+        self, pairs: Pairs, prompts: Sequence[str], num_seeds: int, *, is_timed: bool = True
+    ):
+        """`prompts` by id; all rows have as many seeds.
+
+        Not `is_timed` are outputs that shared a batch: they have no time of their own.
+        """
         self.pairs = pairs
+        self.is_timed = is_timed
         self.prompts = prompts
         self.prompt_draws = resamples(len(prompts), RESAMPLES, 0)
         self.seed_draws = resamples(num_seeds, RESAMPLES, 1)
@@ -356,7 +362,9 @@ def report(
                 "alpha": table.interval(table.rate(runs, temperature, "accepted", "tried")),
                 "tau": table.interval(tau),
                 "change": change,
-                "speed": table.interval(table.speedup(runs, temperature)),
+                "speed": table.interval(table.speedup(runs, temperature))
+                if table.is_timed
+                else None,
             }
             line += [
                 cell(found["alpha"], digits=3),
@@ -385,7 +393,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--draft-length", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="prompts at a time; speed is told of 1 only"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--last", action="store_true", help="the weights of the last step")
     parser.add_argument("--out", type=Path, required=True, help="journal, table and figures")
@@ -435,7 +445,9 @@ def compare(runs: Sequence[Run], args: argparse.Namespace) -> None:
     modes = modes_of(runs, target, args.draft_length, args.batch)
     pairs = measure(modes, prompts, args.max_new_tokens, args.batch, journal)
     num_seeds = len(next(iter(rows.values())))
-    lines, figures = report(rows, Table(pairs, [prompt.id for prompt in prompts], num_seeds))
+    ids = [prompt.id for prompt in prompts]
+    table = Table(pairs, ids, num_seeds, is_timed=args.batch == 1)
+    lines, figures = report(rows, table)
     lines.insert(1, ["---"] * len(lines[0]))
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     (args.out / "table.md").write_text(text)

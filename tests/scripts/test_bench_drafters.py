@@ -235,6 +235,20 @@ def test_a_row_with_its_own_target_is_not_compared(tmp_path: Path) -> None:
     assert figures[next(iter(rows))]["T=0"]["change"] is None
 
 
+def test_outputs_that_shared_a_batch_have_no_speed(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", 0, LM)
+    pairs = {
+        (run.name, t, p): Pair(counts(20, 10), counts(10, 10))
+        for t in (0.0, 1.0)
+        for p in ("a", "b")
+    }
+    rows = rows_of([run])
+    for is_timed in (True, False):
+        lines, figures = report(rows, Table(pairs, ["a", "b"], 1, is_timed=is_timed))
+        assert (lines[1][lines[0].index("speed, T=0")] != "–") is is_timed
+        assert (figures[next(iter(rows))]["T=1"]["speed"] is not None) is is_timed
+
+
 def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
     begin(journal, {"draft_length": 4, "prompts": {"limit": 2}})
