@@ -179,7 +179,7 @@ class SpeculativeDecoder:
 
     def _context(self, batch: "_Batch") -> Context:
         lengths, roots, room = [], [], []
-        for sequence in batch.sequences:  # not three comprehensions, of which each is a call
+        for sequence in batch.sequences:  # in Python 3.11 each comprehension would be a call
             lengths.append(sequence.length)
             roots.append((sequence.output or sequence.request.prompt)[-1])
             room.append(sequence.limit - len(sequence.output) - 1)
