@@ -141,6 +141,7 @@ def command(name: str, settings: type[Any]) -> Callable[[], None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises and leaves the wording to us
         sys.argv[1:] = sorted(sys.argv[1:], key=_is_override)  # argparse wants them in one piece
         with one_sentence(name):
+            _refuse_null_options(sys.argv[1:])
             register(name, settings)
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
 
@@ -318,6 +319,26 @@ def _required(key: str) -> typing.NoReturn:
 
 def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+def _refuse_null_options(arguments: Iterable[str]) -> None:
+    """Hydra meets `lora=null` with a traceback: of a group one of its files is chosen.
+
+    Raises:
+        UserError: one is no file.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        if "null" in value.split(",") and group and (Path(conf_dir()) / group).is_dir():
+            names = ", ".join(
+                sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+            )
+            raise UserError(
+                f"{group} cannot be null on the command line",
+                None,
+                f"leave {key} out for its default, or choose one of {names}",
+            )
 
 
 def _started() -> str:

@@ -187,6 +187,8 @@ def test_a_mapping_takes_new_names_but_no_unknown_keys(
         (["+shape.colour=red"], ["unknown key 'shape.colour'", "there are: folder, radius"]),
         (["shape.radius=wide"], ["shape.radius", "'wide'", "Float"]),
         (["pen.colour=green"], ["pen.colour", "green", "red, blue"]),
+        (["pen=null"], ["pen cannot be null", "choose one of thin"]),
+        (["--multirun", "pen=null,thin"], ["pen cannot be null"]),
         (["shape=cirlce"], ["shape has no option 'cirlce'", "did you mean 'circle'?"]),
         (["title=???"], ["'title' has no value", "title=..."]),
         (["title=a=b"], ["cannot read 'title=a=b'"]),
