@@ -28,6 +28,7 @@ DERIVED = {
     "objective.reference",
     "joint.type",
     "drafter_fingerprint",
+    "reference_fingerprint",
     "target_fingerprint",
     "held_out_hash",
     "data_hash",

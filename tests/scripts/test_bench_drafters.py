@@ -90,6 +90,7 @@ def test_paths_that_follow_the_seed_do_not_make_rows(tmp_path: Path) -> None:
             seed,
             {"type": "CheckpointLM", "path": f"runs/{seed}"},
             objective={"type": "AdaSPEC", "reference": f"references/{seed}"},
+            reference_fingerprint=f"abc{seed}",
         )
         for seed in (0, 1)
     ]
