@@ -55,6 +55,7 @@ from distill.target import LoadedTarget, TargetSettings
 TEMPERATURES = (0.0, 1.0)
 COUNTS = ("emitted", "steps", "accepted", "tried", "tokens", "seconds")
 RESAMPLES = 2000
+WARM_UP_TOKENS = 16
 Array = npt.NDArray[np.float64]
 Counts = Mapping[str, float]  # COUNTS -> of one output
 
@@ -163,7 +164,7 @@ def measure(
     total = len(warm_up) + sum(len(order) * len(together) for together, _, order in work)
     with journal.open("a") as file, Progress(total, unit="outputs", label="measure") as progress:
         for mode in warm_up.values():
-            decode(mode, prompts[:batch], TEMPERATURES[0], max_new_tokens)
+            decode(mode, prompts[:batch], TEMPERATURES[0], min(WARM_UP_TOKENS, max_new_tokens))
             progress.advance(1)
         for together, temperature, order in work:
             for mode in order:
