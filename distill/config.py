@@ -330,10 +330,9 @@ def _refuse_null_options(arguments: Iterable[str]) -> None:
     for argument in arguments:
         key, _, value = argument.partition("=")
         group = key.lstrip("+").partition("@")[0]
-        if "null" in value.split(",") and group and (Path(conf_dir()) / group).is_dir():
-            names = ", ".join(
-                sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
-            )
+        folder = Path(conf_dir(), group)
+        if group and "null" in value.split(",") and folder.is_dir():
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             raise UserError(
                 f"{group} cannot be null on the command line",
                 None,
