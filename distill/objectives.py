@@ -316,7 +316,8 @@ class AdaSPEC(ForwardKL):
     before on the same data: what even that one has not learnt, a small model does not learn.
 
     Attributes:
-        reference: the reference drafter: a local folder or a hub id.
+        reference: the reference drafter, a language model or, for heads, heads: a local folder or
+            a hub id.
         fraction: how many of a micro-batch's tokens are kept.
     """
 

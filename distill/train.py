@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from decode import (
     SamplingParams,
@@ -57,7 +57,7 @@ from distill.objectives import AdaSPEC, EndToEndTV, Objective
 from distill.prompts import Prompt, PromptSettings, StandardLibraryPrompts
 from distill.regimes import TrainingData, pools_of
 from distill.run_folder import RunFolder, content_hash, describe, environment
-from distill.selection import TokenSelection
+from distill.selection import TokenSelection, load_reference
 from distill.shrinking import DrafterSettings, VocabularySettings, begun, in_words
 from distill.sources import read_by
 from distill.target import LoadedTarget, TargetSettings, fingerprint, first_line
@@ -137,7 +137,7 @@ class Train:
         held_out, pools = self._split(target)
         examples = [example for pool in pools for example in pool.examples]
         drafter, kept = self._drafter(target, examples)
-        reference = self._reference(target)
+        reference = self._reference(target, drafter)
         self._check_writers(pools, drafter)
         settings = self._settings(target, drafter, reference, examples, held_out)
         folder = RunFolder(self.output, settings)
@@ -187,7 +187,7 @@ class Train:
         self,
         trained: nn.Module,
         target: LoadedTarget,
-        reference: PreTrainedModel | None,
+        reference: nn.Module | None,
         examples: Sequence[Example],
         device: torch.device,
     ) -> Trainee:
@@ -207,6 +207,11 @@ class Train:
             vocab_size = family.vocab_size(drafter)
             teacher = self.teacher.build(live, examples, self.objective, vocab_size)
         alignment = family.alignment(drafter, live, self.objective.block)
+        selection = None
+        if reference is not None:
+            assert isinstance(self.objective, AdaSPEC)
+            beside = FAMILIES[family_of(reference)].alignment(reference, live, 1)
+            selection = TokenSelection(self.objective, reference.to(device), beside)
         return Trainee(
             trained,
             alignment if anchor is None else JointAlignment(alignment),
@@ -214,7 +219,7 @@ class Train:
             teacher,
             self.trainer.precision,
             depth_weights=self.depth_weights,
-            selection=self._selection(reference, device),
+            selection=selection,
             anchor=anchor,
             slow=None if anchor is None else ("target", self.joint.target_rate),
         )
@@ -329,41 +334,19 @@ class Train:
                     f"set it to {context} or less",
                 )
 
-    def _reference(self, target: LoadedTarget) -> PreTrainedModel | None:
-        """The drafter that AdaSPEC compares with, if it fits the target and the sequences."""
+    def _reference(self, target: LoadedTarget, drafter: nn.Module) -> nn.Module | None:
+        """The drafter that AdaSPEC compares with, if it fits drafter, target and sequences."""
         if not isinstance(self.objective, AdaSPEC):
             return None
-        path = self.objective.reference
-        if target.is_encoder_decoder:
-            raise UserError(
-                "adaspec compares with a language model, which would not see the sources of an "
-                "encoder-decoder target",
-                "objective",
-                "choose another: objective=forward_kl",
-            )
-        try:
-            check_tokenizers(target.tokenizer, AutoTokenizer.from_pretrained(path))
-            reference = CheckpointLM(path=path).build(target.model)
-        except (ValueError, OSError) as error:
-            hint = "name a trained drafter: objective.reference=runs/.../drafter"
-            raise UserError(first_line(error), path, hint) from error
-        self._check_sizes(reference, target, path)
+        reference = load_reference(self.objective.reference, drafter, target)
+        self._check_sizes(reference, target, self.objective.reference)
         return reference
-
-    def _selection(
-        self, reference: PreTrainedModel | None, device: torch.device
-    ) -> TokenSelection | None:
-        """What chooses the tokens, where the objective does not learn all."""
-        if reference is None:
-            return None
-        assert isinstance(self.objective, AdaSPEC)
-        return TokenSelection(self.objective, reference.to(device))
 
     def _settings(
         self,
         target: LoadedTarget,
         drafter: nn.Module,
-        reference: PreTrainedModel | None,
+        reference: nn.Module | None,
         examples: Sequence[Example],
         held_out: Sequence[Prompt],
     ) -> dict[str, Any]:

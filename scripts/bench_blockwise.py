@@ -1,9 +1,10 @@
 """Blockwise heads as Stern et al. 2018 measured them: k, the backbone, and the data.
 
-    for k in 2 4 6 8; do for lora in null all_linear; do for data in text seq_kd; do
-      draftsmith train drafter=blockwise drafter.num_heads=$((k - 1)) lora=$lora data=$data ... \\
-        output=runs/blockwise/$k-$lora-$data
-    done; done; done
+    for k in 2 4 6 8; do for data in text seq_kd; do
+      train="draftsmith train drafter=blockwise drafter.num_heads=$((k - 1)) data=$data ..."
+      $train output=runs/blockwise/$k-frozen-$data
+      $train output=runs/blockwise/$k-tuned-$data lora=all_linear
+    done; done
     python scripts/bench_blockwise.py runs/blockwise/* --out runs/blockwise/table
 
 τ is the mean accepted block of greedy decoding, the target's own token included, on other prompts

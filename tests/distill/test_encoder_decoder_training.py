@@ -255,6 +255,16 @@ def test_heads_and_target_are_trained_together(train, root, tmp_path):
     assert certificate["joint"]["mismatches"] == []
 
 
+def test_adaspec_compares_heads_that_see_the_sources(train, tmp_path):
+    reference = train.run()
+    for fraction in (1.0, 0.4):
+        objective = AdaSPEC(reference=str(reference), fraction=fraction)
+        replace(train, objective=objective, output=tmp_path / str(fraction)).run()
+    everything = losses(train.output)
+    assert losses(tmp_path / "1.0") == pytest.approx(everything)
+    assert losses(tmp_path / "0.4") != pytest.approx(everything)
+
+
 def test_what_is_not_there_is_refused_in_a_sentence(train, root, tmp_path):
     scratch = replace(train, drafter=ScratchLM(num_layers=1, hidden_size=32))
     with pytest.raises(UserError, match="for which no drafters but heads are trained"):
@@ -272,9 +282,9 @@ def test_what_is_not_there_is_refused_in_a_sentence(train, root, tmp_path):
     assert not (tmp_path / "pipeline").exists()
     with pytest.raises(UserError, match="reads prompts and never writes them"):
         replace(train, data=replace(train.data, learn_prompt=True)).run()
-    with pytest.raises(UserError, match="adaspec compares with a language model"):
-        replace(train, objective=AdaSPEC(reference="runs/none")).run()
     llama = save_target(tmp_path / "llama")
+    with pytest.raises(UserError, match="which would not see the sources"):
+        replace(train, objective=AdaSPEC(reference=str(llama))).run()
     with pytest.raises(UserError, match="LlamaForCausalLM has no encoder"):
         replace(train, target=TargetSettings(path=str(llama))).run()
     assert not train.output.exists()

@@ -19,7 +19,6 @@ from decode import Draft, Request, SamplingBatch, SamplingParams, SpeculativeDec
 from decode.drafters import Chains
 from decode.models import Medusa
 from distill import checkpoint as checkpoints
-from distill import config
 from distill.batches import Example, SeqKD, collate
 from distill.errors import UserError
 from distill.fresh import read_examples
@@ -38,7 +37,6 @@ from distill.store import Row, RowStore
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
-from distill.train import Train
 from tests.distill import tiny
 from tests.distill.tiny import VOCAB, llama, run_until_killed, save_target, training
 
@@ -94,58 +92,6 @@ def regime(kind, share=0.5, **others):
 
 def written(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "written").iterdir())}
-
-
-EVERY_TWO = ["every=2", "num_prompts=5", "sampling.max_new_tokens=6"]
-SOURCE = ["source.rows={rows}", *EVERY_TWO]
-REGIMES = {
-    "on_policy": ["data=on_policy", *(f"data.{each}" for each in SOURCE)],
-    "mixed_tokens": ["data=mixed_tokens", "data.top=3", *(f"data.{each}" for each in SOURCE)],
-    "in_the_loop": ["data=in_the_loop", "data.elsewhere=0", *(f"data.{each}" for each in SOURCE)],
-    "mixture": [
-        "data=mixture",
-        "data.parts.seq_kd.rows={rows}",
-        *(f"data.parts.on_policy.{each}" for each in SOURCE),
-    ],
-    "other mixture": [
-        "data=mixture",
-        "data.parts.seq_kd.rows={rows}",
-        "data.weights.seq_kd=0.1",
-        "~data@data.parts.on_policy",
-        "~data.weights.on_policy",
-        "+data@data.parts.mine=mixed_tokens",
-        "+data.weights.mine=0.2",
-        *(f"data.parts.mine.{each}" for each in SOURCE),
-    ],
-}
-EACH = [
-    *(("drafter.num_layers=1", name) for name in REGIMES if name != "other mixture"),
-    *(("drafter=medusa", name) for name in ("mixed_tokens", "in_the_loop", "other mixture")),
-]
-
-
-@pytest.mark.parametrize(("drafter", "name"), EACH)
-def test_each_regime_is_trained_by_config_alone(target, tmp_path, monkeypatch, drafter, name):
-    rows, prompts = tmp_path / "rows", tmp_path / "prompts.jsonl"
-    RowStore(rows).append(
-        [Row(str(n), str(n), "", Numbers(40, 1).ids(n), [3] * 6, "length") for n in range(20)]
-    )
-    prompts.write_text("".join(f'{{"prompt": "t{n} t6 t7"}}\n' for n in (5, 8, 11)))
-    arguments = [
-        *("target=hf", f"target.path={target}", "prompts=dataset", f"prompts.path={prompts}"),
-        *(each.format(rows=rows) for each in REGIMES[name]),
-        *("num_held_out=2", "sampling.max_new_tokens=6", "sampling.ignore_eos=true"),
-        *(drafter, "draft_length=2"),
-        *("trainer.steps=4", "trainer.batch_size=2", "trainer.micro_batch_size=2"),
-        *("trainer.sequence_length=24", "trainer.evaluate_every=4", "trainer.log_every=1"),
-        f"output={tmp_path / 'run'}",
-    ]
-    monkeypatch.setattr(sys, "argv", ["draftsmith", *arguments])
-    config.command("train", Train)()
-    assert (tmp_path / "run" / "drafter" / "draftsmith.json").is_file()
-    steps = {name.split("-")[-1] for name in written(tmp_path / "run")}
-    assert steps == {"00000000.jsonl", "00000002.jsonl"}
-    assert sum("loss" in line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
 def pair(target, drafter=None):

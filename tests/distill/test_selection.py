@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from decode.models import Medusa
 from distill.alignment import Aligned
+from distill.alignment.heads import HeadsAlignment
 from distill.alignment.lm import LiveTarget, LMAlignment, blocks
 from distill.batches import BatchStream, Example, Pool, collate
 from distill.chunked import prediction_losses, projected_loss
@@ -111,7 +113,8 @@ def test_adaspec_keeps_what_is_furthest_behind_the_reference(target):
         log_target=True,
     ).sum(-1)
     torch.testing.assert_close(loss, plain)
-    selected = TokenSelection(objective, reference).select(drafted, batch, signal)
+    selection = TokenSelection(objective, reference, LMAlignment(reference))
+    selected = selection.select(drafted, batch, signal)
     kept = selected.depths[0].kept
     count = -(-len(loss) * 4 // 10)
     assert kept.sum() == count
@@ -123,10 +126,34 @@ def test_adaspec_keeps_what_is_furthest_behind_the_reference(target):
     assert terms.metrics == projected_loss(drafted, signal, objective).metrics  # of all tokens
     # In blocks it is chosen per depth, and places that have no token are never kept.
     blocked = LMAlignment(drafter, 3).align(drafter, batch)
-    selected = TokenSelection(objective, reference).select(blocked, batch, signal)
+    selected = selection.select(blocked, batch, signal)
     for depth, before in zip(selected.depths, blocked.depths, strict=True):
         assert depth.valid is before.valid
         assert not (depth.kept & ~before.valid).any()
+
+
+def test_adaspec_compares_heads_with_heads_of_the_same_depth(target):
+    torch.manual_seed(3)
+    batch, live = batch_of(examples()), LiveTarget(target, (1,))
+    alignment, signal = HeadsAlignment(live, 1), live.signal(batch)
+    drafter, larger = (Medusa(num_heads=count).build(target) for count in (2, 3))
+    with torch.no_grad():
+        for parameter in (*drafter.parameters(), *larger.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    objective = AdaSPEC(reference="", fraction=0.4)
+    for reference, align in ((larger, alignment), (model(2), None)):
+        align = align or LMAlignment(reference)
+        drafted = alignment.align(drafter, batch)
+        selected = TokenSelection(objective, reference, align).select(drafted, batch, signal)
+        mine = prediction_losses(drafted, signal, objective)
+        theirs = prediction_losses(align.align(reference, batch), signal, objective)
+        for number, depth in enumerate(selected.depths):
+            valid, kept = depth.valid, depth.kept
+            assert kept.sum() == -(-int(valid.sum()) * 4 // 10)
+            assert not (kept & ~valid).any()
+            beside = theirs[number] if align is alignment else theirs[0][depth.rows]
+            excess = mine[number] - beside
+            assert excess[kept].min() >= excess[valid & ~kept].max()
 
 
 def test_what_is_not_kept_weighs_on_no_other_depth(target):

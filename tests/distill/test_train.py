@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -26,6 +24,7 @@ from decode.models import (
     HeadsCheckpoint,
     Hydra,
     Medusa,
+    ScratchLM,
     TargetLayersLM,
     load_heads,
 )
@@ -196,7 +195,7 @@ EACH_HEADS = pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
 
 
 @pytest.mark.parametrize("name", ["medusa", "hydra++", "blockwise"])
-def test_heads_are_trained_and_draft_in_a_new_process(train, target, name):
+def test_every_weight_of_heads_is_trained_and_the_best_are_kept(train, target, name):
     settings = HEADS[name]
     rate = replace(train.trainer, learning_rate=0.01, warmup_steps=0, evaluate_every=4)
     folder = replace(train, drafter=settings, trainer=rate).run()
@@ -216,26 +215,6 @@ def test_heads_are_trained_and_draft_in_a_new_process(train, target, name):
     best = load_heads(folder, model).state_dict()
     if description["best_step"] == 4:
         assert all(torch.equal(best[name], value) for name, value in trained.state_dict().items())
-
-    script = f"""
-import json
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from decode import Request, SamplingParams, SpeculativeDecoder, Target
-from decode.drafters import load_drafter
-target = Target(AutoModelForCausalLM.from_pretrained({str(target)!r}))
-tokenizer = AutoTokenizer.from_pretrained({str(target)!r})
-drafter = load_drafter({str(folder)!r}, target=target, draft=3, tokenizer=tokenizer)
-request = Request(id="0", prompt=[3, 4, 5], sampling=SamplingParams(max_new_tokens=20))
-(result,) = SpeculativeDecoder(target, drafter).generate([request])
-print(json.dumps(result.tokens))
-"""
-    there = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout
-    ids = torch.tensor([[3, 4, 5]])
-    own = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=20, pad_token_id=0)  # fmt: skip
-    assert json.loads(there) == own[0, 3:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -371,8 +350,24 @@ def test_adaspec_reads_its_reference(train):
     objective = AdaSPEC(reference=str(reference))
     replace(train, objective=objective, output=train.output.parent / "second").run()
     wrong = AdaSPEC(reference=str(train.output / "nothing"))
-    with pytest.raises(UserError, match="name a trained drafter"):
+    with pytest.raises(UserError, match="there is no drafter here"):
         replace(train, objective=wrong, output=train.output.parent / "third").run()
+
+
+def test_adaspecs_reference_of_heads_must_have_what_is_compared(train, tmp_path):
+    train = replace(train, drafter=Medusa(num_heads=2))
+    train.run()
+    again = replace(train, objective=AdaSPEC(reference=str(train.output)), output=tmp_path / "2")
+    again.run()
+    told = read_metrics(again.output / "metrics.jsonl")
+    assert any("alpha_2" in line for line in told)
+    for drafter, message in (
+        (ScratchLM(num_layers=1, hidden_size=32), "a language model with another"),
+        (Medusa(num_heads=3), "the drafter has 3 heads, adaspec's reference 2"),
+        (Blockwise(num_heads=2, one_at_a_time=True), "only one is trained at a time"),
+    ):
+        with pytest.raises(UserError, match=message):
+            replace(again, drafter=drafter, output=tmp_path / "3").run()
 
 
 def changed(folder, model_settings, tokenizer_of):
