@@ -8,6 +8,7 @@ into the gradients of the hidden states and of the weights; the backward only sc
 Shape legend: T places, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from distill.states import Head, at_least_float32, compute_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}  # logits per chunk: what a core's cache holds
 CHUNK_ELEMENTS_ACCELERATOR = 2**27  # 512 MB in float32
+MIN_PREDICTIONS = 16  # of all depths together: fewer and each reads the head for little
 EVERYWHERE = Uniform()
 
 
@@ -56,9 +58,9 @@ def projected_loss(
     terms = chunks.run(signal, objective, depth_weights, token_weights, chunk_size)
     if not chunks.gradients:
         return terms
-    wanted = list(chunks.gradients.values())
-    tensors, gradients = zip(*wanted, strict=True)
-    loss = cast(Any, _WithGradients).apply(terms.loss, *tensors, *gradients)
+    tensors, gradients = zip(*chunks.gradients.values(), strict=True)
+    chunks.gradients.clear()  # none but the graph holds them: `backward` gives them away
+    loss = cast(Any, _WithGradients).apply(terms.loss, list(gradients), *tensors)
     return LossTerms(loss, terms.num_tokens, terms.metrics)
 
 
@@ -114,7 +116,7 @@ class _Chunks:
         """The summed terms; the gradients are there afterwards."""
         total: LossTerms | None = None
         for chunk, logits, depths in (
-            self.labelled(chunk_size)
+            self.labelled(objective.temperature, chunk_size)
             if signal is None
             else self.compared(signal, objective.temperature, chunk_size)
         ):
@@ -153,7 +155,9 @@ class _Chunks:
                     ],
                 )
 
-    def labelled(self, chunk_size: int) -> Iterator[tuple[slice, list[Tensor], list[Labelled]]]:
+    def labelled(
+        self, temperature: float, chunk_size: int
+    ) -> Iterator[tuple[slice, list[Tensor], list[Labelled]]]:
         """Chunk by chunk: its places, and at every depth the logits and what the text says."""
         for chunk in self._slices(chunk_size):
             with torch.autocast(self.device, enabled=False):
@@ -162,10 +166,11 @@ class _Chunks:
                     # They may be overwritten: not where they are the states, or a cap's slope is
                     # told by them.
                     is_wanted = head.weight is None or head.softcap is not None
-                    labels = depth.labels[chunk]
-                    found.append(
-                        Labelled.at(labels, drafted.clone() if is_wanted else drafted, head.kept)
-                    )
+                    if temperature != 1:
+                        cooled = drafted / temperature
+                    else:
+                        cooled = drafted.clone() if is_wanted else drafted
+                    found.append(Labelled.at(depth.labels[chunk], cooled, head.kept))
                 yield chunk, logits, found
 
     def _slices(self, chunk_size: int) -> list[slice]:
@@ -260,19 +265,34 @@ def _chunk_size(aligned: Aligned) -> int:
             per_place += len(head.kept.places)
         else:
             per_place += depth.states.hidden.shape[1] if head.weight is None else len(head.weight)
-    return max(elements // per_place, 16)
+    return max(elements // per_place, math.ceil(MIN_PREDICTIONS / len(aligned.depths)))
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients by n tensors are known already."""
+    """A loss whose gradients by n tensors are known already.
+
+    The graph's last backward gives them away, scaled where they lie: a head's gradient is as large
+    as the head, and would otherwise be there twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *tensors_and_gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
+    def forward(ctx: Any, loss: Tensor, known: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.known = known
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        known = ctx.saved_tensors
-        return (None, *(gradient * scale for gradient in known), *(None for _ in known))
+        known = ctx.known
+        if known is None:
+            raise RuntimeError("this loss went backward before; then it takes retain_graph=True")
+        if _stays():
+            return (None, None, *(gradient * scale for gradient in known))
+        ctx.known = None
+        return (None, None, *(gradient.mul_(scale) for gradient in known))
+
+
+def _stays() -> bool:
+    """Whether the graph that goes backward may do so again (`retain_graph`)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())

@@ -72,29 +72,43 @@ def drafter_in(trained: nn.Module) -> nn.Module:
     return trained.heads if isinstance(trained, Joint) else trained
 
 
-class AdaptedTarget(LiveTarget):
-    """A target with adapters: its states come with them, what it teaches comes without."""
+class FrozenTarget(LiveTarget):
+    """A target with adapters as it was without them."""
 
     def __init__(self, adapted: Any, model: PreTrainedModel, layers: tuple[int, ...]):
         """`adapted` is the peft model over `model`."""
         super().__init__(model, layers)
         self._adapted = adapted
-        self._with = LiveTarget(model, layers)
 
-    @torch.no_grad()
+    def _run(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+        with self._adapted.disable_adapter():
+            return super()._run(batch)
+
+
+class AdaptedTarget(LiveTarget):
+    """A target with adapters: its states come with them, what it teaches comes without.
+
+    Attributes:
+        before: the target as it was.
+    """
+
+    def __init__(self, adapted: Any, model: PreTrainedModel, layers: tuple[int, ...]):
+        """`adapted` is the peft model over `model`."""
+        super().__init__(model, layers)
+        self.before = FrozenTarget(adapted, model, layers)
+
     def signal(self, batch: Batch) -> States:
         """What the target said before it was trained."""
-        with self._adapted.disable_adapter():
-            return super().signal(batch)
+        return self.before.signal(batch)
 
     def states(self, batch: Batch) -> dict[int, Tensor]:
         """Layer -> hidden states [B, L, D], through which the adapters learn."""
-        return self._with._run(batch)[1]
+        return self._run(batch)[1]
 
     def own(self, batch: Batch) -> Depth:
         """Its own predictions of the learnt tokens."""
-        everywhere = self._with._run(batch)[0]
-        states = States(*at_predicting_places(everywhere, self._with._head, batch))
+        everywhere = self._run(batch)[0]
+        states = States(*at_predicting_places(everywhere, self._head, batch))
         return Depth(states, batch.input_ids[:, 1:][batch.loss_mask[:, 1:]])
 
 

@@ -74,16 +74,21 @@ class Pointwise:
 
     Attributes:
         temperature: the serving temperature, at which drafter and target are compared.
+        block: of a language model, how many consecutive tokens are one draft, whose depths
+            `depth_weights` weighs; heads draft as many as they are.
     """
 
     temperature: float = 1.0
+    block: int = 1
 
     needs_target: ClassVar[bool] = True
-    block: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        """Refuse what no server samples at."""
-        _check(temperature=(self.temperature, self.temperature > 0, "> 0"))
+        """Refuse what no server samples at, and drafts of nothing."""
+        _check(
+            temperature=(self.temperature, self.temperature > 0, "> 0"),
+            block=(self.block, self.block >= 1, ">= 1"),
+        )
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """The value [T] and its derivative [T, O] by the drafter's log-probabilities."""
@@ -103,20 +108,33 @@ class Pointwise:
 class CrossEntropy:
     """Hard cross-entropy on the text, as Kim & Rush 2016 (Seq-KD) train on the teacher's own.
 
-    On greedy target text `accuracy`, the share of tokens that the drafter would have drafted
-    greedily, is the acceptance rate to be expected at temperature 0.
+    `accuracy` is the share of tokens that the drafter would have drafted greedily: on greedy target
+    text the acceptance rate to be expected at temperature 0, on sampled text that of greedy drafts
+    under a target that samples, p(argmax q).
+
+    Attributes:
+        temperature: that of the text and of serving: the drafter's law is taken at it.
+        block: see `Pointwise`.
     """
 
+    temperature: float = 1.0
+    block: int = 1
+
     needs_target: ClassVar[bool] = False
-    temperature: ClassVar[float] = 1.0
-    block: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no server samples at, and drafts of nothing."""
+        _check(
+            temperature=(self.temperature, self.temperature > 0, "> 0"),
+            block=(self.block, self.block >= 1, ">= 1"),
+        )
 
     def judge(self, depths: Sequence[Labelled], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """-Σ w log q(label)."""
         values, gradients = [], []
         for depth, weight in zip(depths, weights, strict=True):
             values.append((depth.losses * weight).sum())
-            gradients.append(depth.logit_gradient(weight))
+            gradients.append(depth.logit_gradient(weight / self.temperature))
         return torch.stack(values).sum(), gradients
 
 

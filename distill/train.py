@@ -196,12 +196,14 @@ class Train:
         family = FAMILIES[family_of(drafter)]
         layers = family.layers(target.model)
         live: LiveTarget
+        before: LiveTarget
         anchor: Anchor | None
         if isinstance(trained, Joint):
             live = adapted = AdaptedTarget(trained.target, target.model, layers)
-            anchor = Anchor(adapted, self.joint)
+            before, anchor = adapted.before, Anchor(adapted, self.joint)
         else:
-            live, anchor = LiveTarget(target.model, layers), None
+            live = LiveTarget(target.model, layers)
+            before, anchor = live, None
         teacher = None
         if self.objective.needs_target:
             vocab_size = family.vocab_size(drafter)
@@ -210,7 +212,7 @@ class Train:
         selection = None
         if reference is not None:
             assert isinstance(self.objective, AdaSPEC)
-            beside = FAMILIES[family_of(reference)].alignment(reference, live, 1)
+            beside = FAMILIES[family_of(reference)].alignment(reference, before, 1)
             selection = TokenSelection(self.objective, reference.to(device), beside)
         return Trainee(
             trained,
@@ -292,6 +294,13 @@ class Train:
         self._check_sizes(drafter, target, where)
         if isinstance(drafter, Heads) and drafter.one_at_a_time:
             self._check_one_at_a_time()
+        is_single = not isinstance(drafter, Heads) and self.objective.block == 1
+        if is_single and not isinstance(self.depth_weights, Uniform):
+            raise UserError(
+                "depth_weights weighs the tokens of a draft, and this language model learns its "
+                "tokens one by one",
+                hint="depth_weights=uniform, or give it drafts: objective.block=4",
+            )
         return drafter, kept
 
     def _check_one_at_a_time(self) -> None:

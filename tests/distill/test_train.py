@@ -336,13 +336,21 @@ def test_heads_and_target_are_trained_together(train, target, tmp_path, first):
     assert result.tokens == own[0, 3:].tolist()
 
 
-@pytest.mark.parametrize("objective", [LKLambda(), EndToEndTV(block=3), GreedyAcceptance()])
+@pytest.mark.parametrize(
+    "objective", [LKLambda(), EndToEndTV(block=3), GreedyAcceptance(block=3), LKLambda(block=3)]
+)
 def test_objectives_of_acceptance_train(train, objective):
-    folder = replace(train, objective=objective, depth_weights=Survival()).run()
+    weights = Uniform() if objective.block == 1 else Survival()
+    folder = replace(train, objective=objective, depth_weights=weights).run()
     description = json.loads((folder / "draftsmith.json").read_text())
     assert description["objective"]["type"] == type(objective).__name__
     told = read_metrics(train.output / "metrics.jsonl")[-2].keys()
     assert told >= ({"alpha_3", "accepted_length"} if objective.block == 3 else {"alpha"})
+
+
+def test_tokens_that_are_learnt_one_by_one_have_no_depths_to_weigh(train):
+    with pytest.raises(UserError, match="learns its tokens one by one"):
+        replace(train, depth_weights=Decay()).run()
 
 
 def test_adaspec_reads_its_reference(train):
