@@ -11,12 +11,16 @@ import torch
 from scipy.stats import chi2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -74,6 +78,11 @@ def _model(name: str, **changes: object) -> PreTrainedModel:
             return Gemma2ForCausalLM(config)
         case "gemma3":
             return Gemma3ForCausalLM(Gemma3TextConfig(**shape, **GEMMA, layer_types=ALTERNATING))
+        case "granite":  # divides its logits
+            return GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=6.0))
+        case "cohere2":  # multiplies them
+            config = Cohere2Config(**shape, logit_scale=0.0625, layer_types=ALTERNATING)
+            return Cohere2ForCausalLM(config)
         case "gpt2":
             sizes = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings"}
             sizes |= {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}

@@ -42,7 +42,7 @@ class Blockwise:
         """The untrained heads, in float32, on the target's device: each begins as the target's own.
 
         Raises:
-            ValueError: the target's head is no linear layer.
+            ValueError: the target's head is none that heads can share.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

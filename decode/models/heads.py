@@ -30,7 +30,7 @@ class TargetEnds:
         output: the language-model head.
         layer: whose states it reads: the last.
         softcap: of its logits; None for none.
-        scale: what states are multiplied by before the head (T5).
+        scale: what states are multiplied by before the head (T5), or logits behind it (Granite).
         bias: [V] added behind it, or None.
     """
 
@@ -46,7 +46,7 @@ class TargetEnds:
         """The ends of `target`.
 
         Raises:
-            ValueError: its head is no linear layer.
+            ValueError: its head is no linear layer, or does more than that, a scale and a soft cap.
         """
         output = target.get_output_embeddings()
         if not isinstance(output, nn.Linear):
@@ -57,14 +57,22 @@ class TargetEnds:
         config = target.config.get_text_config()
         decoder = target.get_decoder() if config.is_encoder_decoder else target
         bias = getattr(target, "final_logits_bias", None)  # [1, V] of BART and its kin
-        return cls(
-            decoder.get_input_embeddings(),
-            output,
-            num_layers(config),
-            getattr(config, "final_logit_softcapping", None),
-            config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0,
-            output.bias if bias is None else bias[0],
-        )
+        layer = num_layers(config)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale: float | None = 1.0
+        if config.is_encoder_decoder:
+            if getattr(config, "scale_decoder_outputs", False):
+                scale = config.d_model**-0.5
+        else:
+            tried = on_a_few_tokens(target, output_hidden_states=True)
+            scale = measured_scale(output, softcap, tried.hidden_states[layer][0], tried.logits[0])
+        if scale is None:
+            raise ValueError(
+                f"{type(target).__name__} does more to its logits than a linear head, a scale and "
+                "a soft cap, which is all that heads share with it; use a drafter from scratch"
+            )
+        bias = output.bias if bias is None else bias[0]
+        return cls(decoder.get_input_embeddings(), output, layer, softcap, scale, bias)
 
     @property
     def hidden_size(self) -> int:
@@ -75,6 +83,43 @@ class TargetEnds:
     def vocab_size(self) -> int:
         """V."""
         return self.output.out_features
+
+
+@torch.no_grad()
+def on_a_few_tokens(model: PreTrainedModel, **asked: Any) -> Any:
+    """The model's output for one sequence of 8 tokens, without dropout."""
+    was_training = model.training
+    model.eval()
+    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    output = model(input_ids=tokens, use_cache=False, **asked)
+    model.train(was_training)
+    return output
+
+
+@torch.no_grad()
+def measured_scale(
+    head: nn.Linear, softcap: float | None, states: Tensor, logits: Tensor
+) -> float | None:
+    """What `states` [N, D] are multiplied by for the head to make the model's `logits` [N, V].
+
+    Measured, because architectures have many names for it, and by one name some multiply and
+    others divide. None where no number makes them.
+    """
+    projected = functional.linear(states, head.weight)
+    if projected.shape != logits.shape:
+        return None
+    tolerance = 2e-2 if projected.dtype.itemsize < 4 else 1e-4
+    projected, logits = projected.cpu().double(), logits.cpu().double()
+    bias = torch.zeros(()) if head.bias is None else head.bias.cpu().double()
+    uncapped = logits if softcap is None else softcap * torch.atanh(logits / softcap)
+    fitted = ((uncapped - bias) * projected).sum() / projected.square().sum()
+    for scale in (1.0, float(fitted)):  # 1 stays exactly 1
+        ours = projected * scale + bias
+        if softcap is not None:
+            ours = softcap * torch.tanh(ours / softcap)
+        if (ours - logits).abs().max() <= tolerance * logits.abs().max():
+            return scale
+    return None
 
 
 class Heads(nn.Module):

@@ -35,7 +35,7 @@ class Medusa:
         """The untrained heads, in float32, on the target's device.
 
         Raises:
-            ValueError: the target's head is no linear layer.
+            ValueError: the target's head is none that heads can share.
         """
         return MedusaHeads(self, TargetEnds.of(target)).to(target.device)
 

@@ -1,7 +1,7 @@
 """An independent language model: the state before a token predicts the token, as in the target.
 
 Only places that count are projected to logits, in chunks (`distill.chunked`). Models whose head is
-more than a linear layer (and Gemma's soft cap) give whole logits instead.
+more than a linear layer, a scale and Gemma's soft cap give whole logits instead.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from decode.models import TargetEnds, TrimmedHead
+from decode.models.heads import measured_scale, on_a_few_tokens
 from distill.alignment import Aligned, Depth
 from distill.alignment.encoder_decoder import decoder_forward
 from distill.batches import Batch
@@ -107,7 +108,7 @@ class LiveTarget:
 
 
 class PlainHead:
-    """A language-model head that is a linear layer, perhaps soft-capped, or trimmed to some ids.
+    """A language-model head that is a linear layer, perhaps scaled, soft-capped, or trimmed.
 
     Attributes:
         scale: what states are multiplied by before it.
@@ -136,7 +137,6 @@ class PlainHead:
         return Head(self.linear.weight, bias, self.softcap, kept)
 
     @staticmethod
-    @torch.no_grad()
     def of(model: PreTrainedModel) -> "PlainHead | None":
         """The head of `model`, tried on a few tokens; None where it is something else.
 
@@ -148,22 +148,13 @@ class PlainHead:
         linear = model.get_output_embeddings()
         if type(linear) not in (nn.Linear, TrimmedHead) or model.base_model is model:
             return None
-        config = model.config.get_text_config()
-        plain = PlainHead(linear, getattr(config, "final_logit_softcapping", None))
-        was_training = model.training
-        model.eval()
-        tokens = torch.arange(8, device=model.device)[None] % config.vocab_size
-        logits = model(input_ids=tokens, use_cache=False).logits[0]
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        model.train(was_training)
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        logits = on_a_few_tokens(model).logits[0]
         if isinstance(linear, TrimmedHead):
             logits = logits[:, linear.ids]
-        ours = plain.head().cap(plain.head().project(hidden))
-        tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
-        same = ours.shape == logits.shape and torch.allclose(
-            ours.float(), logits.float(), rtol=tolerance, atol=tolerance
-        )
-        return plain if same else None
+        hidden = on_a_few_tokens(model.base_model).last_hidden_state[0]
+        scale = measured_scale(linear, softcap, hidden, logits)
+        return None if scale is None else PlainHead(linear, softcap, scale=scale)
 
 
 def predictions(model: nn.Module, plain: PlainHead | None, batch: Batch) -> tuple[Tensor, Head]:

@@ -23,7 +23,8 @@ from decode.drafters import (
     load_drafter,
     prefix,
 )
-from decode.models import Blockwise, Heads, Hydra, Medusa, load_heads, save_heads
+from decode.models import Blockwise, Heads, Hydra, Medusa, TargetEnds, load_heads, save_heads
+from decode.models.heads import measured_scale
 
 SETTINGS = {
     "medusa": Medusa(num_heads=3),
@@ -96,6 +97,33 @@ def test_untrained_heads_say_what_the_target_says_where_they_stand(settings, tin
     for depth in (1, 2, 3):
         ours = heads.logits(depth, heads.prepare(hidden), torch.zeros(2, depth, dtype=torch.long))
         torch.testing.assert_close(ours, logits)
+
+
+@EACH
+@pytest.mark.parametrize("architecture", ["granite", "cohere2", "gemma2"])
+def test_untrained_heads_are_as_sure_as_the_target_that_scales_its_logits(
+    settings, architecture, tiny, prompt
+):
+    model = tiny(architecture)
+    heads = settings.build(model)
+    with torch.no_grad():
+        output = model(torch.tensor([prompt(9)]), output_hidden_states=True)
+    prepared = heads.prepare(output.hidden_states[-1][0])
+    ours = heads.logits(1, prepared, torch.zeros(9, 1, dtype=torch.long))
+    torch.testing.assert_close(ours, output.logits[0])
+
+
+def test_scales_are_measured_in_half_precision_too(tiny):
+    half = copy.deepcopy(tiny("granite")).to(torch.bfloat16)
+    assert TargetEnds.of(half).scale == pytest.approx(1 / 6, rel=1e-3)
+    assert TargetEnds.of(copy.deepcopy(tiny("gemma2")).to(torch.bfloat16)).scale == 1
+
+
+def test_a_scale_is_found_under_a_bias_and_a_cap():
+    head, states = torch.nn.Linear(8, 20), torch.randn(5, 8)
+    logits = 3 * torch.tanh(head(0.3 * states) / 3)
+    assert measured_scale(head, 3.0, states, logits) == pytest.approx(0.3, rel=1e-4)
+    assert measured_scale(head, None, states, logits) is None
 
 
 @EACH
@@ -194,6 +222,10 @@ def test_what_does_not_fit_heads_is_refused(tiny):
         ExpansionTrees(counts=(98,)).build(heads, target)
     with pytest.raises(ValueError, match="read states of 32 numbers, the target's have 16"):
         Chains().build(heads, Target(tiny("llama", hidden_size=16)))
+    odd = copy.deepcopy(model)
+    odd.lm_head.register_forward_hook(lambda head, given, logits: logits.square())
+    with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits than a linear"):
+        Medusa().build(odd)
     for settings in (Medusa, Hydra, Blockwise):
         with pytest.raises(ValueError, match="num_heads must be >= 1, got 0"):
             settings(num_heads=0)

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -53,8 +55,16 @@ MODELS = {
             eos_token_id=2,
         )
     ),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),  # scales its logits
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),  # logits are scaled by 1/16
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=6.0)),
+    "odd": lambda: with_odd_logits(LlamaForCausalLM(LlamaConfig(**SHAPE))),
 }  # fmt: skip
+
+
+def with_odd_logits(model):
+    """The model, its head no linear layer any more."""
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits.square())
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -93,11 +103,12 @@ def test_packed_examples_do_not_see_each_other(name, attention):
     torch.testing.assert_close(signal.law(slice(2, 5)).logits, logits[2:5])
     torch.testing.assert_close(signal.law(torch.tensor([4, 1])).logits, logits[[4, 1]])
     assert not signal.hidden.requires_grad
-    assert (PlainHead.of(model) is None) == (name == "cohere")
+    plain = PlainHead.of(model)
+    assert (plain is None) == (name == "odd")
 
     model.forward = model.base_model.forward = None  # what it reads was computed with the signal
     hidden = target.states(batch)
     assert hidden.keys() == {0, 2}
     learnt = hidden[2][:, :-1][batch.loss_mask[:, 1:]]
-    if name != "cohere":
-        torch.testing.assert_close(learnt, signal.hidden)
+    if plain is not None:
+        torch.testing.assert_close(learnt * plain.scale, signal.hidden)
