@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,20 @@ from torch.nn import functional
 from distill.alignment import Aligned, Depth
 from distill.chunked import prediction_losses, projected_loss
 from distill.depth_weights import Decay, Survival
-from distill.laws import TopLaw
-from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, LKLambda, TotalVariation
+from distill.objectives import (
+    AdaSPEC,
+    CrossEntropy,
+    EndToEndTV,
+    ForwardKL,
+    LKLambda,
+    TotalVariation,
+)
 from distill.states import Head, States
+from tests.distill.differences import check_gradients
 from tests.distill.plain import POINTWISE
+from tests.distill.stored import Stored, check_bounds
 
 TOKENS, HIDDEN, VOCAB = 7, 4, 9
-# λ of LK-λ moves with α, and its gradient is not wanted: finite differences see it all the same.
-SMOOTH = [objective for objective in POINTWISE if not isinstance(objective, LKLambda)]
 
 
 def one(states, labels):
@@ -120,17 +127,22 @@ def test_equals_the_plain_computation(objective, softcap, chunk_size):
 
 @pytest.mark.parametrize(
     "objective",
-    [CrossEntropy(), ForwardKL(temperature=1.5), *SMOOTH, EndToEndTV()],
+    [
+        CrossEntropy(),
+        ForwardKL(temperature=1.5),
+        LKLambda(temperature=1.5, eta=1.0),
+        *POINTWISE,
+        EndToEndTV(),
+    ],
     ids=lambda objective: type(objective).__name__,
 )
 def test_gradients_against_finite_differences(objective):
     hidden, weight, bias, labels, target = inputs()
 
-    def loss(hidden, weight, bias):
-        states = States(hidden, Head(weight, bias, 4.0))
-        return projected_loss(one(states, labels), target, objective, chunk_size=3).loss
+    def aligned(hidden, weight, bias):
+        return one(States(hidden, Head(weight, bias, 4.0)), labels)
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+    check_gradients(objective, aligned, target, (hidden, weight, bias), chunk_size=3)
 
 
 def test_tied_embeddings_get_both_gradients():
@@ -260,7 +272,8 @@ def alphas_of(tensors, target):
 
 def three_depths_of_inputs():
     hidden, weight, bias, labels, target = inputs()
-    second = torch.randn(VOCAB, HIDDEN, dtype=hidden.dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    second = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=hidden.dtype).requires_grad_()
     return (hidden, weight, bias, second), labels, target
 
 
@@ -299,48 +312,61 @@ def test_depth_weights(weights):
     )
 
 
-def test_a_draft_of_several_depths_against_finite_differences():
-    tensors, labels, target = three_depths_of_inputs()
-
-    def loss(*tensors):
-        return projected_loss(three_depths(tensors, labels), target, EndToEndTV()).loss
-
-    assert torch.autograd.gradcheck(loss, tensors)
-
-
-class Stored:
-    """The k likeliest tokens of a target's law."""
-
-    def __init__(self, target, k):
-        self.target, self.k = target, k
-
-    def law(self, rows):
-        logprobs, ids = self.target.law(rows).logits.log_softmax(-1).topk(self.k)
-        return TopLaw(ids, logprobs, 1 - logprobs.exp().sum(-1))
-
-
-@pytest.mark.parametrize("objective", SMOOTH, ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize("objective", POINTWISE, ids=lambda objective: type(objective).__name__)
 def test_a_stored_top_against_finite_differences(objective):
     hidden, weight, bias, labels, target = inputs()
 
-    def loss(hidden, weight, bias):
-        aligned = one(States(hidden, Head(weight, bias, 4.0)), labels)
-        return projected_loss(aligned, Stored(target, 3), objective, chunk_size=3).loss
+    def aligned(hidden, weight, bias):
+        return one(States(hidden, Head(weight, bias, 4.0)), labels)
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+    tensors = (hidden, weight, bias)
+    check_gradients(objective, aligned, Stored(target, 3), tensors, chunk_size=3)
 
 
-def test_a_stored_top_bounds_the_acceptance_rate():
-    hidden, weight, _, labels, target = inputs()
-    aligned = one(States(hidden, Head(weight)), labels)
-    exact = projected_loss(aligned, target, ForwardKL()).metrics["alpha"][0]
-    widths = []
-    for k in (1, 3, 5):
-        metrics = projected_loss(aligned, Stored(target, k), ForwardKL()).metrics
-        lower, upper = metrics["alpha_lower"][0], metrics["alpha_upper"][0]
-        assert lower <= exact <= upper
-        widths.append(float(upper - lower))
-    assert widths == sorted(widths, reverse=True)
+@pytest.mark.parametrize("k", [None, 3])
+def test_a_draft_of_several_depths_against_finite_differences(k):
+    tensors, labels, target = three_depths_of_inputs()
+    signal = target if k is None else Stored(target, k)
+    check_gradients(EndToEndTV(), lambda *t: three_depths(t, labels), signal, tensors)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_only_kept_predictions_have_a_gradient(k):
+    tensors, labels, target = three_depths_of_inputs()
+    signal = target if k is None else Stored(target, k)
+    kept = torch.zeros(3, TOKENS, dtype=torch.bool)
+    kept[0, [0, 2]] = kept[1, [2, 3]] = kept[2, 4] = True
+
+    def aligned(*tensors):
+        depths = three_depths(tensors, labels).depths
+        pairs = zip(depths, kept, strict=True)
+        return Aligned(tuple(replace(depth, kept=each) for depth, each in pairs))
+
+    objective = AdaSPEC(reference="")
+    check_gradients(objective, aligned, signal, tensors)
+    gradients = torch.autograd.grad(
+        projected_loss(aligned(*tensors), signal, objective, chunk_size=3).loss, tensors
+    )
+    assert (gradients[0] != 0).any(-1).tolist() == kept.any(0).tolist()
+    if k is None:
+        hidden, weight, bias, second = tensors
+        law = target.law(slice(None)).logits
+        logits = (hidden @ weight.T + bias, hidden @ second.T, hidden @ weight.T + bias)
+        plain = sum(
+            plain_loss(objective, drafted[learnt], None, law.roll(-depth, 0)[learnt])
+            for depth, (drafted, learnt) in enumerate(zip(logits, kept, strict=True))
+        )
+        torch.testing.assert_close(gradients, torch.autograd.grad(plain, tensors))
+
+
+def test_a_stored_top_bounds_the_acceptance_of_one_depth_and_of_several():
+    tensors, labels, target = three_depths_of_inputs()
+    drafts = three_depths(tensors, labels)
+    for aligned in (Aligned(drafts.depths[:1]), drafts):
+        check_bounds(aligned, target)
+    terms = projected_loss(drafts, Stored(target, 3), EndToEndTV())
+    accepted = terms.metrics["accepted_length_upper"][0]  # by this bound it counts
+    torch.testing.assert_close(terms.loss.detach(), terms.num_tokens - accepted)
 
 
 @pytest.mark.parametrize("objective", [*POINTWISE, EndToEndTV()], ids=lambda o: type(o).__name__)

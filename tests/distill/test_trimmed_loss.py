@@ -1,5 +1,7 @@
 """The loss of a drafter whose head covers some ids: the target's law stays that over all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.special import xlogy
@@ -8,13 +10,14 @@ from distill import objectives
 from distill.alignment import Aligned, Depth
 from distill.chunked import projected_loss
 from distill.laws import Kept, TopLaw
-from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, GreedyAcceptance, LKLambda
+from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, GreedyAcceptance
 from distill.states import Head, States
+from tests.distill.differences import check_gradients
 from tests.distill.plain import POINTWISE, alpha, sharpened
+from tests.distill.stored import Stored, check_bounds
 
 TOKENS, HIDDEN, VOCAB = 7, 4, 9
 KEPT = torch.tensor([0, 2, 3, 7, 8])
-SMOOTH = [objective for objective in POINTWISE if not isinstance(objective, LKLambda)]
 NAMED = {"ids": lambda objective: type(objective).__name__}
 
 
@@ -66,17 +69,6 @@ def trimmed(hidden, weight, labels):
     return Aligned((Depth(States(hidden, Head(weight, kept=Kept.of(KEPT, VOCAB))), labels),))
 
 
-class Stored:
-    """The k likeliest tokens of a target's law."""
-
-    def __init__(self, target, k):
-        self.target, self.k = target, k
-
-    def law(self, rows):
-        logprobs, ids = self.target.law(rows).logits.log_softmax(-1).topk(self.k)
-        return TopLaw(ids, logprobs, 1 - logprobs.exp().sum(-1))
-
-
 def scattered(hidden, weight, temperature):
     """Of the drafter, over the whole vocabulary."""
     logits = (hidden @ weight.T / temperature).softmax(-1)
@@ -98,15 +90,11 @@ def test_a_divergence_is_that_from_the_whole_law_to_q_with_zeros(objective, chun
 
 
 @pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("objective", [*SMOOTH, EndToEndTV()], **NAMED)
+@pytest.mark.parametrize("objective", [*POINTWISE, EndToEndTV()], **NAMED)
 def test_gradients_against_finite_differences(objective, k):
     hidden, weight, labels, target = inputs()
     signal = target if k is None else Stored(target, k)
-
-    def loss(hidden, weight):
-        return projected_loss(trimmed(hidden, weight, labels), signal, objective).loss
-
-    assert torch.autograd.gradcheck(loss, (hidden, weight))
+    check_gradients(objective, lambda *t: trimmed(*t, labels), signal, (hidden, weight))
 
 
 @pytest.mark.parametrize("objective", [*POINTWISE, EndToEndTV()], **NAMED)
@@ -134,6 +122,20 @@ def test_the_acceptance_rate_counts_what_is_outside_as_rejected():
     outside = ~torch.isin(p.argmax(-1), KEPT)
     assert outside.any()  # or the next line would hold also where p is cut
     assert metrics["top1_agreement"][0] == agreed
+
+
+def test_a_stored_top_bounds_the_acceptance_of_one_depth_and_of_several():
+    """A stored token that is outside is rejected for sure, one in the tail perhaps."""
+    hidden, weight, labels, target = inputs()
+    (first,) = trimmed(hidden, weight, labels).depths
+    rows = torch.arange(TOKENS) + 1
+    valid = rows < TOKENS
+    second = replace(first, rows=rows.where(valid, 0), valid=valid)
+    is_inside = torch.isin(target.law(slice(None)).logits.topk(3).indices, KEPT)
+    assert is_inside.any()
+    assert not is_inside.all()
+    for aligned in (Aligned((first,)), Aligned((first, second))):
+        check_bounds(aligned, target)
 
 
 def test_a_label_outside_is_counted_and_teaches_nothing():
