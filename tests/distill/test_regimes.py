@@ -335,14 +335,21 @@ def test_batches_hold_their_share_of_fresh_outputs(target, tmp_path, monkeypatch
         assert found & fresh
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 7])
-@pytest.mark.parametrize("kind", [OnPolicy, MixedTokens, InTheLoop])
-def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, kind, at):
+HEADS = Medusa(num_heads=2)
+KILLED = [(kind, None, at) for kind in (OnPolicy, MixedTokens, InTheLoop) for at in (1, 3, 5, 7)]
+KILLED += [(kind, HEADS, at) for kind in (MixedTokens, InTheLoop) for at in (5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "drafter", "at"), KILLED, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_a_killed_run_goes_on_to_the_same_bits(target, tmp_path, kind, drafter, at):
     data = Mixture(
         parts={"fresh": regime(kind), "other": regime(InTheLoop, every=4)},
         weights={"fresh": 0.7, "other": 0.3},
     )
     whole = make_train(target, tmp_path / "whole", data)
+    whole = replace(whole, drafter=drafter or whole.drafter)
     whole.run()
     train = replace(whole, output=tmp_path / "run")
     run_until_killed(train, before_step=at)
