@@ -252,9 +252,10 @@ class SpeculativeDecoder:
         if expected is not None:
             last = path[kept] + 1 if kept < len(path) else None
             sequence.expected_accepted += float(expected[row, :last].sum())
-        if sequence.sampling.top_logprobs:
-            logits = output.logits[row, nodes]
-            sequence.logprobs.append(TopLogprobs.of(logits, sequence.sampling.top_logprobs))
+        sampling = sequence.sampling
+        if sampling.top_logprobs:
+            logits, temperature = output.logits[row, nodes], sampling.temperature or 1.0
+            sequence.logprobs.append(TopLogprobs.of(logits, sampling.top_logprobs, temperature))
         if output.hidden:
             sequence.hidden = {layer: states[row, nodes] for layer, states in output.hidden.items()}
 

@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """The target's likeliest tokens at each of T output places, at temperature 1.
+    """The target's likeliest tokens at each of T output places.
 
     Attributes:
         ids: [T, K] int64, likeliest first.
@@ -48,9 +48,9 @@ class TopLogprobs:
     tail_mass: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, k: int) -> "TopLogprobs":
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> "TopLogprobs":
         """The `k` likeliest tokens of each row of `logits` [T, V], on the CPU."""
-        logprobs = logits.float().log_softmax(-1)
+        logprobs = (logits.float() / temperature).log_softmax(-1)
         top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
         tail = (1 - top.values.double().exp().sum(-1)).clamp(min=0).float()
         return cls(top.indices.cpu(), top.values.cpu(), tail.cpu())

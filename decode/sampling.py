@@ -25,7 +25,7 @@ class SamplingParams:
         stop: texts that end the output; the token that completes one is its last.
         ignore_eos: go on past EOS, up to the length limit.
         top_logprobs: how many of the target's log-probabilities to keep per output token, at
-            temperature 1 and before top-k and top-p.
+            `temperature` (1 where that is 0), before penalty, top-k and top-p.
     """
 
     temperature: float = 0.0

@@ -239,7 +239,8 @@ def _stored_top(row: Row, k: int) -> TopLaw | None:
     if row.top_ids is None or row.top_logprobs is None or row.tail_mass is None or not k:
         return None
     ids = torch.tensor(row.top_ids, dtype=torch.int32)
-    return TopLaw(ids, torch.tensor(row.top_logprobs), torch.tensor(row.tail_mass)).cut(k)
+    logprobs, tail_mass = torch.tensor(row.top_logprobs), torch.tensor(row.tail_mass)
+    return TopLaw(ids, logprobs, tail_mass, row.top_temperature or 1.0).cut(k)
 
 
 def collate(packs: Sequence[Pack], sequence_length: int) -> Batch:

@@ -12,7 +12,7 @@ Shape legend: T places, V vocabulary, K kept ids, k stored tokens, O outcomes (V
 with the tail last).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,34 +39,43 @@ class TopLaw:
 
     Attributes:
         ids: [T, k], different ones at each place.
-        logprobs: [T, k] at temperature 1.
+        logprobs: [T, k].
         tail_mass: [T] the probability of all other tokens.
+        temperature: at which both are.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail_mass: Tensor
+    temperature: float = 1.0
 
     def __getitem__(self, rows: slice | Tensor) -> "TopLaw":
         """What it says about these of the T tokens."""
-        return TopLaw(self.ids[rows], self.logprobs[rows], self.tail_mass[rows])
+        return self._each(lambda tensor: tensor[rows])
 
     def cut(self, k: int) -> "TopLaw":
         """What it says with `k` tokens; what the others had joins the tail."""
         rest = self.logprobs[:, k:].exp().sum(-1)
-        return TopLaw(self.ids[:, :k], self.logprobs[:, :k], self.tail_mass + rest)
+        ids, logprobs = self.ids[:, :k], self.logprobs[:, :k]
+        return TopLaw(ids, logprobs, self.tail_mass + rest, self.temperature)
 
     def to(self, device: torch.device | str) -> "TopLaw":
         """The same on another device."""
-        return TopLaw(*(tensor.to(device) for tensor in (self.ids, self.logprobs, self.tail_mass)))
+        return self._each(lambda tensor: tensor.to(device))
 
     @staticmethod
     def cat(laws: Sequence["TopLaw"]) -> "TopLaw":
-        """One behind the other; all have as many tokens."""
+        """One behind the other; all have as many tokens, at one temperature."""
         return TopLaw(
             torch.cat([law.ids for law in laws]).long(),
             torch.cat([law.logprobs for law in laws]),
             torch.cat([law.tail_mass for law in laws]),
+            laws[0].temperature,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TopLaw":
+        return TopLaw(
+            change(self.ids), change(self.logprobs), change(self.tail_mass), self.temperature
         )
 
 
@@ -221,14 +230,16 @@ def _trimmed(law: FullLaw, draft_logits: Tensor, temperature: float, kept: Kept)
 
 
 def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float, kept: Kept | None) -> Compared:
-    if temperature != 1:
+    if temperature != law.temperature:
         raise ValueError(
-            f"stored log-probabilities are the target's at temperature 1, not {temperature}; "
-            "let the target run beside the drafter (teacher=live)"
+            f"stored log-probabilities are the target's at temperature {law.temperature:g}, not "
+            f"{temperature:g}; let the target run beside the drafter (teacher=live)"
         )
+    if temperature != 1:
+        draft_logits = draft_logits / temperature
     if kept is not None:
         # All ids that are not kept are one more, impossible token: the last.
-        law = TopLaw(kept.places[law.ids], law.logprobs, law.tail_mass)
+        law = replace(law, ids=kept.places[law.ids])
         draft_logits = functional.pad(draft_logits, (0, 1), value=-torch.inf)
     tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
     target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)

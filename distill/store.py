@@ -35,10 +35,11 @@ SCHEMA = pa.schema(
         ("top_ids", pa.list_(pa.list_(pa.int32()))),
         ("top_logprobs", pa.list_(pa.list_(pa.float32()))),
         ("tail_mass", pa.list_(pa.float32())),
+        ("top_temperature", pa.float64()),
     ]
 )
 PATTERN = "rows-*.parquet"
-ADDED = "encoder_ids"  # shards that were written before it was a column are read as without it
+ADDED = {"encoder_ids", "top_temperature"}  # shards from before these columns have none of them
 ABANDONED_SECONDS = 3600  # a shard is written in seconds
 
 
@@ -57,6 +58,7 @@ class Row:
         top_ids: the target's likeliest tokens at each output place, or None.
         top_logprobs: their log-probabilities.
         tail_mass: the probability of all other tokens at each output place.
+        top_temperature: at which these are; None is 1.
         encoder_ids: what the encoder of an encoder-decoder model read; None of other models.
     """
 
@@ -69,6 +71,7 @@ class Row:
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     tail_mass: list[float] | None = None
+    top_temperature: float | None = None
     encoder_ids: list[int] | None = None
 
     @property
@@ -264,8 +267,9 @@ class RowWriter:
 def _read(shard: Path, columns: list[str] | None = None) -> pa.Table:
     """The shard's rows; what came later than it is left out of the columns."""
     try:
-        if columns is not None and ADDED in columns and ADDED not in pq.read_schema(shard).names:
-            columns = [column for column in columns if column != ADDED]
+        if columns is not None and not ADDED.isdisjoint(columns):
+            missing = ADDED.difference(pq.read_schema(shard).names)
+            columns = [column for column in columns if column not in missing]
         return pq.read_table(shard, columns=columns)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(

@@ -90,4 +90,5 @@ class LocalTeacher:
             top_ids=None if top is None else top.ids.tolist(),
             top_logprobs=None if top is None else top.logprobs.tolist(),
             tail_mass=None if top is None else top.tail_mass.tolist(),
+            top_temperature=None if top is None else self.sampling.temperature or 1.0,
         )

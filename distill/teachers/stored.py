@@ -1,8 +1,8 @@
 """Where the target's distribution comes from: the target beside the drafter, or the rows.
 
 `draftsmith generate sampling.top_logprobs=K` stores the K likeliest tokens at each output place
-with the mass of all others. From these every objective trains a language model without running the
-target again; heads still read the target's states.
+with the mass of all others, at the temperature of sampling. From these every objective trains a
+language model without running the target again; heads still read the target's states.
 """
 
 from collections.abc import Sequence
@@ -56,12 +56,13 @@ class StoredTeacher:
                 "some rows hold no top-k log-probabilities of the target",
                 hint="generate them with sampling.top_logprobs=16, or train with teacher=live",
             )
-        if objective.temperature != 1:
-            raise UserError(
-                "stored log-probabilities are the target's at temperature 1, not "
-                f"{objective.temperature}",
-                hint="objective.temperature=1.0, or teacher=live",
-            )
+        for stored in sorted({example.top.temperature for example in examples if example.top}):
+            if stored != objective.temperature:
+                raise UserError(
+                    f"stored log-probabilities are the target's at temperature {stored:g}, not "
+                    f"{objective.temperature:g}",
+                    hint=f"objective.temperature={stored:g}, or teacher=live",
+                )
         largest = max(
             (int(e.top.ids.max()) for e in examples if e.top and e.top.ids.numel()), default=0
         )
@@ -70,11 +71,14 @@ class StoredTeacher:
                 f"the rows store token {largest:,}, the drafter has {vocab_size:,} ids",
                 hint="train with teacher=live, or another drafter",
             )
-        return StoredTop()
+        return StoredTop(objective.temperature)
 
 
+@dataclass(frozen=True, slots=True)
 class StoredTop:
-    """Hands on what a batch carries."""
+    """Hands on what a batch carries, at one temperature."""
+
+    temperature: float = 1.0
 
     def signal(self, batch: Batch) -> TeacherSignal:
         """The stored laws of the batch's tokens."""
@@ -82,7 +86,7 @@ class StoredTop:
             if batch.loss_mask.any():
                 raise ValueError("some of the batch's learnt tokens have nothing stored")
             nothing = torch.zeros(0, 1, device=batch.input_ids.device)
-            return _Rows(TopLaw(nothing.long(), nothing, nothing[:, 0]))
+            return _Rows(TopLaw(nothing.long(), nothing, nothing[:, 0], self.temperature))
         return _Rows(batch.top)
 
 

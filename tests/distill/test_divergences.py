@@ -19,9 +19,9 @@ def logits(seed=0, dtype=torch.float64, scale=1.0):
     return torch.randn(2, PLACES, VOCAB, generator=generator, dtype=dtype) * scale
 
 
-def top(target_logits, k=3):
-    logprobs, ids = target_logits.log_softmax(-1).topk(k)
-    return TopLaw(ids, logprobs, 1 - logprobs.exp().sum(-1))
+def top(target_logits, k=3, temperature=1.0):
+    logprobs, ids = (target_logits / temperature).log_softmax(-1).topk(k)
+    return TopLaw(ids, logprobs, 1 - logprobs.exp().sum(-1), temperature)
 
 
 def judged(objective, law, draft, temperature=1.0):
@@ -151,3 +151,11 @@ def test_what_trains_from_scratch():
 def test_a_stored_top_serves_its_own_temperature_only():
     with pytest.raises(ValueError, match=r"at temperature 1, not 0.5"):
         Compared.at(top(logits()[0]), logits()[1], 0.5)
+
+
+@pytest.mark.parametrize("objective", POINTWISE, ids=lambda o: type(o).__name__)
+def test_all_of_the_vocabulary_stored_at_a_temperature_is_the_target_at_it(objective):
+    target, draft = logits()
+    live = judged(objective, FullLaw(target), draft, 0.7)
+    stored = judged(objective, top(target, VOCAB, 0.7), draft, 0.7)
+    torch.testing.assert_close(stored, live)

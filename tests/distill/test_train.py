@@ -246,9 +246,11 @@ def test_heads_learn_what_follows(train, settings, objective, depth_weights):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def stored_rows(train, folder):
+def stored_rows(train, folder, temperature=0.0):
     """Written by the target, with its four likeliest tokens at every place."""
-    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True, top_logprobs=4)
+    sampling = SamplingParams(
+        temperature=temperature, max_new_tokens=8, ignore_eos=True, top_logprobs=4
+    )
     prompts = Numbers(12, seed=5)
     return Generate(target=train.target, prompts=prompts, sampling=sampling, output=folder).run()
 
@@ -485,3 +487,20 @@ def test_rows_with_a_stored_top_teach_without_the_target(train, tmp_path):
         replace(stored, objective=ForwardKL(temperature=0.5), output=tmp_path / "other").run()
     with pytest.raises(UserError, match="hold no top-k"):
         replace(train, teacher=StoredTeacher(), output=tmp_path / "none").run()
+
+
+def test_what_is_stored_while_sampling_teaches_at_that_temperature(train, tmp_path):
+    data = SeqKD(rows=stored_rows(train, tmp_path / "g", temperature=0.5))
+    objective = ForwardKL(temperature=0.5)
+    live = replace(train, data=data, objective=objective)
+    stored = replace(live, teacher=StoredTeacher(), output=tmp_path / "stored")
+    for each in (live, stored):
+        each.run()
+    told, bounds = (
+        [line for line in read_metrics(each.output / "metrics.jsonl") if "loss" in line]
+        for each in (live, stored)
+    )
+    first, within = told[0]["alpha"], bounds[0]
+    assert within["alpha_lower"] < first < within["alpha_upper"]
+    with pytest.raises(UserError, match=r"at temperature 0\.5, not 1"):
+        replace(stored, objective=ForwardKL(), output=tmp_path / "other").run()
