@@ -176,14 +176,14 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     names = sorted({name for one in settings for name in one} - DERIVED)
     varied = [n for n in names if len({json.dumps(one.get(n)) for one in settings}) > 1]
     rows = short_paths(str(one["data.rows"]) for one in settings if one.get("data.rows"))
-    # A class tells more than its fields: these count only among runs of the same class.
+    # A class tells more than what it is made of: that counts only among runs of the same class.
     groups: dict[str, list[Run]] = defaultdict(list)
     for run, one in zip(runs, settings, strict=True):
         parts = []
         for name in varied:
-            group, _, field = name.rpartition(".")
-            alike = [o for o in settings if o.get(f"{group}.type") == one.get(f"{group}.type")]
-            if field != "type" and len({json.dumps(o.get(name)) for o in alike}) == 1:
+            field, kind = name.rpartition(".")[2], class_around(name, one)
+            alike = [other for other in settings if other.get(kind) == one.get(kind)]
+            if len({json.dumps(other.get(name)) for other in alike}) == 1:
                 continue
             value = one.get(name)
             if value is not None:
@@ -193,6 +193,19 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
             parts.append("own target")
         groups[", ".join(parts) or "drafter"].append(run)
     return {name: sorted(of_row, key=Run.seed) for name, of_row in groups.items()}
+
+
+def class_around(name: str, settings: Mapping[str, Any]) -> str:
+    """The name of the class that a setting, or a class, is a part of; one that no run has if none.
+
+    "data.type" for "data.share", for "data.source.type" and for "data.parts.mine.type".
+    """
+    *groups, field = name.split(".")
+    for end in range(len(groups) - (field == "type"), 0, -1):
+        around = ".".join([*groups[:end], "type"])
+        if around in settings:
+            return around
+    return ""
 
 
 def short_paths(paths: Iterable[str]) -> dict[str, str]:

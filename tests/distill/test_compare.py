@@ -77,6 +77,24 @@ def test_seeds_share_a_line_and_the_best_comes_first(sweep: Path) -> None:
     assert last == ["10", "ForwardKL", "1", "20 of 20", "20", "1.200", "0.120", "7.8"]
 
 
+def test_a_class_is_told_without_the_classes_that_are_always_in_it(tmp_path: Path) -> None:
+    source = {"type": "SeqKD", "rows": "a/rows"}
+    data = [
+        {"type": "Text", "prompts": {"type": "StandardLibraryPrompts"}},
+        {"type": "OnPolicy", "share": 0.5, "source": source},
+        {"type": "OnPolicy", "share": 1.0, "source": source},
+        {"type": "OnPolicy", "share": 1.0, "source": {"type": "Text"}},
+    ]
+    runs = [train(tmp_path / str(n), 0, {0: 1.0}, data=one) for n, one in enumerate(data)]
+    assert list(grouped(runs)) == [
+        "Text",
+        "share 0.5, SeqKD, OnPolicy",
+        "share 1.0, SeqKD, OnPolicy",
+        "share 1.0, Text, OnPolicy",
+    ]
+    assert list(grouped(runs[:2])) == ["Text", "OnPolicy"]
+
+
 def test_a_comparison_that_is_none_is_said_to_be_none(sweep: Path) -> None:
     runs = [Run(path) for path in trainings(sweep)]
     assert not measured_unlike(runs)
