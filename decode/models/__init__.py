@@ -1,7 +1,7 @@
 """The trainable models of drafters."""
 
 from decode.models.blockwise import Blockwise
-from decode.models.heads import Heads, TargetEnds
+from decode.models.heads import Heads, TargetEnds, measured_scale, on_a_few_tokens
 from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
@@ -24,6 +24,8 @@ __all__ = [
     "TrimmedHead",
     "load_heads",
     "load_lm",
+    "measured_scale",
+    "on_a_few_tokens",
     "save_heads",
     "trim",
     "trimmed_head",

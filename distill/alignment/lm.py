@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from decode.models import TargetEnds, TrimmedHead
-from decode.models.heads import measured_scale, on_a_few_tokens
+from decode.models import TargetEnds, TrimmedHead, measured_scale, on_a_few_tokens
 from distill.alignment import Aligned, Depth
 from distill.alignment.encoder_decoder import decoder_forward
 from distill.batches import Batch
