@@ -13,7 +13,7 @@ from decode.models import (
     HeadsCheckpoint,
     Hydra,
     Medusa,
-    TargetEnds,
+    last_layer,
     save_heads,
 )
 from distill.alignment import Alignment
@@ -52,7 +52,7 @@ def family_of(drafter: nn.Module) -> str:
 
 
 def _last_layer(target: PreTrainedModel) -> tuple[int, ...]:
-    return (TargetEnds.of(target).layer,)
+    return (last_layer(target),)
 
 
 def _heads_vocab_size(drafter: nn.Module) -> int:

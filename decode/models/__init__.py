@@ -1,7 +1,13 @@
 """The trainable models of drafters."""
 
 from decode.models.blockwise import Blockwise
-from decode.models.heads import Heads, TargetEnds, measured_scale, on_a_few_tokens
+from decode.models.heads import (
+    Heads,
+    TargetEnds,
+    last_layer,
+    measured_scale,
+    on_a_few_tokens,
+)
 from decode.models.heads_folder import HeadsCheckpoint, load_heads, save_heads
 from decode.models.hydra import Hydra
 from decode.models.lm import CheckpointLM, ScratchLM, TargetLayersLM
@@ -22,6 +28,7 @@ __all__ = [
     "TargetEnds",
     "TargetLayersLM",
     "TrimmedHead",
+    "last_layer",
     "load_heads",
     "load_lm",
     "measured_scale",

@@ -57,7 +57,7 @@ class TargetEnds:
         config = target.config.get_text_config()
         decoder = target.get_decoder() if config.is_encoder_decoder else target
         bias = getattr(target, "final_logits_bias", None)  # [1, V] of BART and its kin
-        layer = num_layers(config)
+        layer = last_layer(target)
         softcap = getattr(config, "final_logit_softcapping", None)
         scale: float | None = 1.0
         if config.is_encoder_decoder:
@@ -83,6 +83,11 @@ class TargetEnds:
     def vocab_size(self) -> int:
         """V."""
         return self.output.out_features
+
+
+def last_layer(target: PreTrainedModel) -> int:
+    """Whose states heads read: layer k is the output of k layers."""
+    return num_layers(target.config.get_text_config())
 
 
 @torch.no_grad()
