@@ -85,10 +85,7 @@ class Pointwise:
 
     def __post_init__(self) -> None:
         """Refuse what no server samples at, and drafts of nothing."""
-        _check(
-            temperature=(self.temperature, self.temperature > 0, "> 0"),
-            block=(self.block, self.block >= 1, ">= 1"),
-        )
+        _check_serving(self)
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
         """The value [T] and its derivative [T, O] by the drafter's log-probabilities."""
@@ -124,10 +121,7 @@ class CrossEntropy:
 
     def __post_init__(self) -> None:
         """Refuse what no server samples at, and drafts of nothing."""
-        _check(
-            temperature=(self.temperature, self.temperature > 0, "> 0"),
-            block=(self.block, self.block >= 1, ">= 1"),
-        )
+        _check_serving(self)
 
     def judge(self, depths: Sequence[Labelled], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """-Σ w log q(label)."""
@@ -305,10 +299,7 @@ class EndToEndTV:
 
     def __post_init__(self) -> None:
         """Refuse drafts of nothing."""
-        _check(
-            temperature=(self.temperature, self.temperature > 0, "> 0"),
-            block=(self.block, self.block >= 1, ">= 1"),
-        )
+        _check_serving(self)
 
     def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The expected number of rejected tokens, those behind a rejected one among them."""
@@ -351,6 +342,12 @@ class AdaSPEC(ForwardKL):
 def _with_outside(value: Tensor, compared: Compared, cost: float) -> Tensor:
     """Value [T] and what the target's tokens outside a trimmed head add, where q = 0: p · cost."""
     return value if compared.outside is None else value + compared.outside * cost
+
+
+def _check_serving(objective: Objective) -> None:
+    """Refuse temperatures that nobody samples at, and drafts of nothing."""
+    temperature, block = objective.temperature, objective.block
+    _check(temperature=(temperature, temperature > 0, "> 0"), block=(block, block >= 1, ">= 1"))
 
 
 def _check(**settings: tuple[float, bool, str]) -> None:
