@@ -20,12 +20,13 @@ from distill.alignment import Aligned, Depth, TeacherSignal
 from distill.depth_weights import DepthWeights, Uniform
 from distill.judging import judged
 from distill.labels import Labelled
-from distill.laws import Compared
+from distill.laws import Compared, Goal
 from distill.objectives import LossTerms, Objective, Pointwise
 from distill.states import Head, at_least_float32, compute_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}  # logits per chunk: what a core's cache holds
 CHUNK_ELEMENTS_ACCELERATOR = 2**27  # 512 MB in float32
+PRODUCT_ELEMENTS = 2**22  # gradients of logits that enter a weight's gradient at once
 MIN_PREDICTIONS = 16  # of all depths together: fewer and each reads the head for little
 EVERYWHERE = Uniform()
 
@@ -95,6 +96,7 @@ class _Chunks:
         self.depths = aligned.depths
         self.device = self.depths[0].states.hidden.device.type
         self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # id -> tensor, its gradient
+        self._products: dict[int, _Products] = {}  # id of a weight -> what its gradient lacks yet
         self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
         self._plain = [self._without_gradient(depth) for depth in self.depths]
         for depth in self.depths:
@@ -135,6 +137,9 @@ class _Chunks:
             if self.gradients:
                 for number, gradient in enumerate(gradients):
                     self._fold(gradient, logits[number], number, chunk)
+        for products in self._products.values():
+            products.form()
+        self._products.clear()
         assert total is not None
         return total
 
@@ -143,17 +148,31 @@ class _Chunks:
     ) -> Iterator[tuple[slice, list[Tensor], list[Compared]]]:
         """Chunk by chunk: its places, and at every depth the logits and what the target says."""
         for chunk in self._slices(chunk_size):
-            laws = [signal.law(_rows(depth, chunk)) for depth in self.depths]  # under autocast
+            rows, places = self._asked(chunk)
+            law = signal.law(rows)  # under autocast
             with torch.autocast(self.device, enabled=False):
                 logits = self._logits(chunk)
-                yield (
-                    chunk,
-                    logits,
-                    [
-                        Compared.at(law, drafted, temperature, head.kept)
-                        for law, drafted, (_, head) in zip(laws, logits, self._plain, strict=True)
-                    ],
-                )
+                goal = Goal.of(law, temperature, logits[0], self._plain[0][1].kept)
+                goals = [goal] if places is None else [goal[place] for place in places]
+                del law, goal  # each as large as a depth's logits
+                yield chunk, logits, list(map(Compared.at, goals, logits))
+
+    def _asked(self, chunk: slice) -> tuple[slice | Tensor, Tensor | None]:
+        """Which learnt tokens the target is asked for, and where in these stand a depth's, [K, t].
+
+        Depths predict the same tokens from different places; each is asked for once.
+        """
+        rows = [_rows(depth, chunk) for depth in self.depths]
+        if len(rows) == 1:
+            return rows[0], None
+        numbers = [
+            torch.arange(row.start, row.stop, device=depth.labels.device)
+            if isinstance(row, slice)
+            else row
+            for row, depth in zip(rows, self.depths, strict=True)
+        ]
+        asked, places = cast(Any, torch.stack(numbers)).unique(return_inverse=True)
+        return asked, places
 
     def labelled(
         self, temperature: float, chunk_size: int
@@ -214,24 +233,59 @@ class _Chunks:
         """
         width, states = gradient.shape[-1], self.depths[number].states
         hidden, head = self._plain[number]
-        gradient, hidden = head.uncap(gradient, logits[:, :width]).to(hidden.dtype), hidden[chunk]
+        gradient, hidden = head.uncap(gradient, logits[:, :width]), hidden[chunk]
+        if (found := self.gradients.get(key := id(states.head.weight))) is not None:
+            if key not in self._products:
+                self._products[key] = _Products(found[1][:width], hidden.dtype)
+            gradient = self._products[key].add(gradient, hidden)
+        gradient = gradient.to(hidden.dtype)
         if (found := self.gradients.get(id(states.hidden))) is not None:
             if head.weight is None:
                 found[1][chunk, :width] += gradient
             else:
                 found[1][chunk] += gradient @ head.weight[:width]
-        if (found := self.gradients.get(id(states.head.weight))) is not None:
-            _add_product(found[1][:width], gradient.T, hidden)
         if (found := self.gradients.get(id(states.head.bias))) is not None:
             found[1][:width] += gradient.sum(0)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total += left @ right, the sum in the precision of the total."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+class _Products:
+    """Sums leftᵀ @ right of chunks, [t, V]ᵀ @ [t, D] each, in the precision of the sum.
+
+    In half precision they are formed of many chunks' rows at once: a product is as large as the
+    sum, is written, widened and added, and of few rows that costs more than the multiplication.
+    """
+
+    def __init__(self, total: Tensor, dtype: torch.dtype):
+        """Add to `total` [V, D] what is to be multiplied in `dtype`."""
+        self._total = total
+        self._dtype = dtype
+        self._rows = PRODUCT_ELEMENTS // len(total)
+        self._left, self._right = (  # memory that is not written is not taken
+            torch.empty(self._rows, size, dtype=dtype, device=total.device) for size in total.shape
+        )
+        self._filled = 0
+
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        """Let these rows be in the sum; `left` comes back in the products' dtype."""
+        if self._dtype.itemsize >= 4:
+            self._total.addmm_(left.T, right)
+            return left
+        if len(left) > self._rows:
+            left = left.to(self._dtype)
+            self._total += left.T @ right
+            return left
+        if self._filled + len(left) > self._rows:
+            self.form()
+        rows = slice(self._filled, self._filled + len(left))
+        self._filled = rows.stop
+        self._right[rows] = right
+        return self._left[rows].copy_(left)
+
+    def form(self) -> None:
+        """Add the products of the rows that wait."""
+        if self._filled > 0:
+            self._total += self._left[: self._filled].T @ self._right[: self._filled]
+        self._filled = 0
 
 
 def _rows(depth: Depth, chunk: slice) -> slice | Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.depth_weights import DepthWeights
 from distill.labels import Labelled
-from distill.laws import Compared
+from distill.laws import Compared, likeliest
 from distill.objectives import LossTerms, Objective
 
 
@@ -86,19 +86,18 @@ def _told(depth: Compared | Labelled) -> dict[str, Tensor]:
 
 def _rates(compared: Compared) -> dict[str, Tensor]:
     """Acceptance rates [T] that the two distributions imply."""
-    target, draft, lumped = compared.target.probs, compared.draft.probs, compared.lumped
-    drafted = compared.token_probs.argmax(-1, keepdim=True)
+    target, draft, lumped = compared.target.probs, compared.draft.probs, compared.goal.lumped
+    drafted = likeliest(compared.token_probs)
     both = torch.minimum(target, draft)
     if lumped is None:
         greedy = target.gather(-1, drafted)[:, 0]
-        peak = target.amax(-1) if compared.peak is None else compared.peak
-        agreed = (greedy == peak).to(greedy.dtype)
+        agreed = (greedy == compared.goal.peak).to(greedy.dtype)
         return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
     known = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
-    likeliest = lumped.ids.gather(-1, lumped.logprobs.argmax(-1, keepdim=True))
+    wanted = lumped.ids.gather(-1, lumped.logprobs.argmax(-1, keepdim=True))
     return {
         "alpha_lower": both[:, :-1].sum(-1),
         "alpha_upper": both.sum(-1),
         "greedy_alpha_lower": known,
-        "top1_agreement": (likeliest == drafted)[:, 0].to(known.dtype),
+        "top1_agreement": (wanted == drafted)[:, 0].to(known.dtype),
     }

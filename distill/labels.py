@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from distill.laws import FLOOR, Kept, log_sum
+from distill.laws import FLOOR, Kept, likeliest, log_sum
 
 IGNORED = -100  # instead of a label that a trimmed head cannot say
 FIRST_LIGER = (0, 8)  # the first that is known to tell hits beside losses
@@ -67,7 +67,7 @@ def judged_by_torch(labels: Tensor, logits: Tensor) -> Labelled:
     labels = torch.where(is_counted, labels[:, None], 0)
     probs = logits.softmax(-1)
     losses = (log_sum(logits, probs) - logits.gather(-1, labels)).clamp_(max=-FLOOR)
-    hits = (probs.argmax(-1, keepdim=True) == labels) & is_counted
+    hits = (likeliest(probs) == labels) & is_counted
 
     def logit_gradient(weights: Tensor) -> Tensor:
         """W (q - 1[label])."""

@@ -120,6 +120,20 @@ class Outcomes:
         probs = logits.softmax(-1)
         return Outcomes((logits - log_sum(logits, probs)).clamp_(min=FLOOR), probs)
 
+    def __getitem__(self, rows: Tensor) -> "Outcomes":
+        """At these of the T places."""
+        return Outcomes(self.logprobs.index_select(0, rows), self.probs.index_select(0, rows))
+
+
+def likeliest(probs: Tensor) -> Tensor:
+    """The first of the likeliest tokens, [T, 1], of [T, V] in float32 or float64.
+
+    On the CPU numpy's argmax is ten times as fast as torch's.
+    """
+    if probs.device.type == "cpu":
+        return torch.from_numpy(probs.numpy().argmax(-1))[:, None]
+    return probs.argmax(-1, keepdim=True)
+
 
 def log_sum(logits: Tensor, probs: Tensor) -> Tensor:
     """Log Σ exp z, [T, 1], of logits whose softmax is there: one pass of exponentials fewer.
@@ -130,57 +144,121 @@ def log_sum(logits: Tensor, probs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Target and drafter over the same outcomes, at one depth of T places.
+class Goal:
+    """The target over the outcomes of T places, at one temperature.
 
     Attributes:
         target: p.
-        draft: q.
+        temperature: of it.
+        peak: [T] the target's largest probability of all tokens.
         lumped: the law whose tokens the outcomes are, or None where every token is one.
-        token_probs: [T, V] the drafter's, all tokens apart.
-        temperature: of both.
         outside: [T] what the target gives to tokens that a trimmed head lacks, as far as they are
             known; None where the head has all. Else tokens are places among the kept.
-        peak: [T] the target's largest probability of all tokens, where the outcomes may lack it.
     """
 
     target: Outcomes
-    draft: Outcomes
-    lumped: TopLaw | None
-    token_probs: Tensor
     temperature: float
+    peak: Tensor
+    lumped: TopLaw | None = None
     outside: Tensor | None = None
-    peak: Tensor | None = None
 
     @staticmethod
-    def at(
-        law: TargetLaw, draft_logits: Tensor, temperature: float, kept: Kept | None = None
-    ) -> "Compared":
-        """Compare the drafter's logits [T, V] with what the target says, both at a temperature.
+    def of(law: TargetLaw, temperature: float, like: Tensor, kept: Kept | None = None) -> "Goal":
+        """What the target says, for drafters whose logits are [T, V] `like` these.
 
         Where the two are padded to different vocabularies, ids that only one of them has stand for
         no token and are left out. With a trimmed head the drafter's logits are those of its `kept`
         ids [T, K].
         """
         if isinstance(law, TopLaw):
-            return _lumped(law, draft_logits, temperature, kept)
-        if kept is not None:
-            return _trimmed(law, draft_logits, temperature, kept)
-        width = min(law.logits.shape[-1], draft_logits.shape[-1])
-        target_logits, draft_logits = law.logits[:, :width], draft_logits[:, :width]
-        if temperature != 1:  # a pass over [T, V] each, so only where it changes something
-            target_logits, draft_logits = target_logits / temperature, draft_logits / temperature
+            return _of_top(law, temperature, like.dtype, kept)
+        width = like.shape[-1] if kept is None else len(kept.places)
+        logits = law.logits[:, :width]
+        if temperature != 1:  # a pass over [T, V], so only where it changes something
+            logits = logits / temperature
+        if kept is None:
+            target = Outcomes.of(logits)
+            return Goal(target, temperature, target.probs.amax(-1))
+        probs = logits.softmax(-1)  # over the kept ids, as they are among all
+        logprobs = (logits[:, kept.ids] - log_sum(logits, probs)).clamp_(min=FLOOR)
+        target = Outcomes(logprobs, probs[:, kept.ids])
+        outside = (1 - target.probs.sum(-1)).clamp_(min=0)
+        return Goal(target, temperature, probs.amax(-1), None, outside)
+
+    def __getitem__(self, rows: Tensor) -> "Goal":
+        """At these of the T places."""
+        return Goal(
+            self.target[rows],
+            self.temperature,
+            self.peak[rows],
+            None if self.lumped is None else self.lumped[rows],
+            None if self.outside is None else self.outside[rows],
+        )
+
+
+def _of_top(law: TopLaw, temperature: float, dtype: torch.dtype, kept: Kept | None) -> Goal:
+    """Over the k tokens and the tail."""
+    if temperature != law.temperature:
+        raise ValueError(
+            f"stored log-probabilities are the target's at temperature {law.temperature:g}, not "
+            f"{temperature:g}; let the target run beside the drafter (teacher=live)"
+        )
+    if kept is not None:  # all ids that are not kept are one more, impossible token: the last
+        law = replace(law, ids=kept.places[law.ids])
+    tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
+    logprobs = torch.cat([law.logprobs, tail_mass.log()], -1).to(dtype).clamp_(min=FLOOR)
+    peak, outside = law.logprobs.amax(-1).exp().to(dtype), None
+    if kept is not None:
+        is_outside = law.ids == len(kept.ids)
+        outside = (law.logprobs.exp() * is_outside).sum(-1).to(dtype)
+        logprobs[:, :-1].masked_fill_(is_outside, FLOOR)
+    return Goal(Outcomes(logprobs, logprobs.exp()), temperature, peak, law, outside)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Target and drafter over the same outcomes, at one depth of T places.
+
+    Attributes:
+        goal: what the target says.
+        draft: q.
+        token_probs: [T, V] the drafter's, all tokens apart.
+    """
+
+    goal: Goal
+    draft: Outcomes
+    token_probs: Tensor
+
+    @staticmethod
+    def at(goal: Goal, draft_logits: Tensor) -> "Compared":
+        """Compare the drafter's logits [T, V] with what the target says, at its temperature."""
+        if goal.lumped is None:
+            draft_logits = draft_logits[:, : goal.target.probs.shape[-1]]
+        if goal.temperature != 1:
+            draft_logits = draft_logits / goal.temperature
+        if goal.lumped is not None:
+            return _lumped(goal, goal.lumped, draft_logits)
         draft = Outcomes.of(draft_logits)
-        return Compared(Outcomes.of(target_logits), draft, None, draft.probs, temperature)
+        return Compared(goal, draft, draft.probs)
+
+    @property
+    def target(self) -> Outcomes:
+        """The target's p."""
+        return self.goal.target
+
+    @property
+    def outside(self) -> Tensor | None:
+        """[T] what the target gives to tokens that a trimmed head lacks."""
+        return self.goal.outside
 
     def apart(self) -> "Compared":
         """Token by token, for what asks how the drafter spreads q within the tail.
 
         Of the tail it is not known which token has p, so there p is 0 everywhere.
         """
-        if self.lumped is None:
+        if self.goal.lumped is None:
             return self
-        ids = self.lumped.ids
+        ids = self.goal.lumped.ids
         target = self.target.logprobs.new_full(self.token_probs.shape, FLOOR)
         target.scatter_(-1, ids, self.target.logprobs[:, :-1])
         known = torch.zeros_like(target).scatter_(-1, ids, self.target.probs[:, :-1])
@@ -189,13 +267,8 @@ class Compared:
         width = -1 if self.outside is not None else None  # the ids that are not kept stand last
         target, known, logprobs = target[:, :width], known[:, :width], logprobs[:, :width]
         probs = self.token_probs[:, :width]
-        return replace(
-            self,
-            target=Outcomes(target, known),
-            draft=Outcomes(logprobs, probs),
-            lumped=None,
-            token_probs=probs,
-        )
+        goal = replace(self.goal, target=Outcomes(target, known), lumped=None)
+        return Compared(goal, Outcomes(logprobs, probs), probs)
 
     def logit_gradient(self, slope: Tensor) -> Tensor:
         """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].
@@ -203,63 +276,30 @@ class Compared:
         With ``log q = z - log Σ exp z`` it is ``s - q Σ s``; of what the tail gets each of its
         tokens has its share q_j / q_tail. `slope` is overwritten.
         """
-        if self.lumped is not None and self.outside is not None:  # what lacks a logit has no slope
-            slope[:, :-1].masked_fill_(self.lumped.ids == self.token_probs.shape[-1] - 1, 0)
+        lumped = self.goal.lumped
+        if lumped is not None and self.outside is not None:  # what lacks a logit has no slope
+            slope[:, :-1].masked_fill_(lumped.ids == self.token_probs.shape[-1] - 1, 0)
         total = slope.sum(-1, keepdim=True)
         gradient = slope.addcmul_(self.draft.probs, total, value=-1)
-        if self.lumped is not None:
+        if lumped is not None:
             tail = self.draft.probs[:, -1:].clamp(min=torch.finfo(slope.dtype).tiny)
             of_tokens = self.token_probs * (gradient[:, -1:] / tail)
-            gradient = of_tokens.scatter_(-1, self.lumped.ids, gradient[:, :-1])
+            gradient = of_tokens.scatter_(-1, lumped.ids, gradient[:, :-1])
             if self.outside is not None:
                 gradient = gradient[:, :-1]
-        return gradient if self.temperature == 1 else gradient.div_(self.temperature)
+        temperature = self.goal.temperature
+        return gradient if temperature == 1 else gradient.div_(temperature)
 
 
-def _trimmed(law: FullLaw, draft_logits: Tensor, temperature: float, kept: Kept) -> Compared:
-    """Over the kept ids; the target's probabilities are those among all."""
-    logits = law.logits[:, : len(kept.places)]
-    if temperature != 1:
-        logits, draft_logits = logits / temperature, draft_logits / temperature
-    probs = logits.softmax(-1)
-    logprobs = (logits[:, kept.ids] - log_sum(logits, probs)).clamp_(min=FLOOR)
-    target = Outcomes(logprobs, probs[:, kept.ids])
-    draft = Outcomes.of(draft_logits)
-    outside = (1 - target.probs.sum(-1)).clamp_(min=0)
-    return Compared(target, draft, None, draft.probs, temperature, outside, probs.amax(-1))
-
-
-def _lumped(law: TopLaw, draft_logits: Tensor, temperature: float, kept: Kept | None) -> Compared:
-    if temperature != law.temperature:
-        raise ValueError(
-            f"stored log-probabilities are the target's at temperature {law.temperature:g}, not "
-            f"{temperature:g}; let the target run beside the drafter (teacher=live)"
-        )
-    if temperature != 1:
-        draft_logits = draft_logits / temperature
-    if kept is not None:
-        # All ids that are not kept are one more, impossible token: the last.
-        law = replace(law, ids=kept.places[law.ids])
+def _lumped(goal: Goal, law: TopLaw, draft_logits: Tensor) -> Compared:
+    """The drafter over the target's k tokens and its tail."""
+    if goal.outside is not None:  # the token that stands for those it lacks
         draft_logits = functional.pad(draft_logits, (0, 1), value=-torch.inf)
-    tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
-    target_logprobs = torch.cat([law.logprobs, tail_mass.log()], -1)
-    target_logprobs = target_logprobs.to(draft_logits.dtype).clamp_(min=FLOOR)
-    outside = None
-    if kept is not None:
-        is_outside = law.ids == len(kept.ids)
-        outside = (law.logprobs.exp() * is_outside).sum(-1).to(draft_logits.dtype)
-        target_logprobs[:, :-1].masked_fill_(is_outside, FLOOR)
     token_probs = draft_logits.softmax(-1)
     normaliser = log_sum(draft_logits, token_probs)
     probs = token_probs.gather(-1, law.ids)
     # Summed without the top, not 1 - Σ top: a small tail would drown in the rounding of 1.
     tail = token_probs.scatter(-1, law.ids, 0).sum(-1, keepdim=True)
     logprobs = torch.cat([draft_logits.gather(-1, law.ids) - normaliser, tail.log()], -1)
-    return Compared(
-        Outcomes(target_logprobs, target_logprobs.exp()),
-        Outcomes(logprobs.clamp_(min=FLOOR), torch.cat([probs, tail], -1)),
-        law,
-        token_probs,
-        temperature,
-        outside,
-    )
+    draft = Outcomes(logprobs.clamp_(min=FLOOR), torch.cat([probs, tail], -1))
+    return Compared(goal, draft, token_probs)

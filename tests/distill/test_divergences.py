@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.divergences import forward_kl
-from distill.laws import Compared, FullLaw, Outcomes, TopLaw
+from distill.laws import Compared, FullLaw, Goal, Outcomes, TopLaw
 from distill.objectives import GreedyAcceptance
 from tests.distill.plain import POINTWISE, VALUES
 
@@ -26,7 +26,7 @@ def top(target_logits, k=3, temperature=1.0):
 
 def judged(objective, law, draft, temperature=1.0):
     """The value and the gradient of the logits."""
-    compared = Compared.at(law, draft, temperature)
+    compared = Compared.at(Goal.of(law, temperature, draft), draft)
     value, _ = objective.divergence(compared)
     _, (gradient,) = objective.judge([compared], torch.ones(1, len(value), dtype=value.dtype))
     return value, gradient
@@ -150,7 +150,7 @@ def test_what_trains_from_scratch():
 
 def test_a_stored_top_serves_its_own_temperature_only():
     with pytest.raises(ValueError, match=r"at temperature 1, not 0.5"):
-        Compared.at(top(logits()[0]), logits()[1], 0.5)
+        Goal.of(top(logits()[0]), 0.5, logits()[1])
 
 
 @pytest.mark.parametrize("objective", POINTWISE, ids=lambda o: type(o).__name__)
