@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from decode import check_tokenizers
-from decode.models import CheckpointLM, Heads, HeadsCheckpoint
+from decode.models import CheckpointLM, Heads, HeadsCheckpoint, trimmed_head
 from distill.alignment import Aligned, Alignment, Depth, TeacherSignal
 from distill.batches import Batch
 from distill.chunked import prediction_losses
@@ -77,8 +77,7 @@ def load_reference(path: str, drafter: nn.Module, target: LoadedTarget) -> nn.Mo
     try:
         if is_lm:
             check_tokenizers(target.tokenizer, AutoTokenizer.from_pretrained(path))
-            language_model: nn.Module = CheckpointLM(path=path).build(target.model)
-            return language_model
+            return _covering_the_same(CheckpointLM(path=path).build(target.model), drafter, path)
         reference = HeadsCheckpoint(path=path).build(target.model)
     except (ValueError, OSError) as error:
         hint = "name a trained drafter: objective.reference=runs/.../drafter"
@@ -102,5 +101,23 @@ def load_reference(path: str, drafter: nn.Module, target: LoadedTarget) -> nn.Mo
             f"the drafter has {drafter.num_heads} heads, adaspec's reference {reference.num_heads}",
             path,
             f"name one with as many, or set drafter.num_heads={reference.num_heads}",
+        )
+    return reference
+
+
+def _covering_the_same(reference: nn.Module, drafter: nn.Module, path: str) -> nn.Module:
+    """A reference whose divergences are over the ids that the drafter's are over."""
+    theirs, ours = (
+        trimmed_head(model) if isinstance(model, PreTrainedModel) else None
+        for model in (reference, drafter)
+    )
+    if theirs is None and ours is None:
+        return reference
+    if theirs is None or ours is None or theirs.ids.tolist() != ours.ids.tolist():
+        raise UserError(
+            "adaspec compares losses over one vocabulary, but the heads of the drafter and of its "
+            "reference cover different ids",
+            path,
+            "name a reference that was trained from the same drafter with the same vocabulary=...",
         )
     return reference

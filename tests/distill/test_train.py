@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from distill.objectives import (
     GreedyAcceptance,
     LKLambda,
 )
+from distill.shrinking import VocabularySettings
 from distill.target import TargetSettings
 from distill.teachers.stored import StoredTeacher
 from distill.tracking import read_metrics
@@ -400,6 +402,17 @@ def test_adaspec_reads_its_reference(train):
     wrong = AdaSPEC(reference=str(train.output / "nothing"))
     with pytest.raises(UserError, match="there is no drafter here"):
         replace(train, objective=wrong, output=train.output.parent / "third").run()
+
+
+def test_adaspecs_reference_covers_the_ids_of_the_drafter(train, tmp_path):
+    """Losses over other ids are no excess of each other."""
+    trimmed = replace(train, vocabulary=VocabularySettings(keep=12))
+    for number, (reference, drafter) in enumerate(permutations((train, trimmed))):
+        path = str(replace(reference, output=tmp_path / f"reference-{number}").run())
+        run = replace(drafter, objective=AdaSPEC(reference=path), output=tmp_path / str(number))
+        with pytest.raises(UserError, match="of the drafter and of its reference cover different"):
+            run.run()
+        replace(run, vocabulary=reference.vocabulary).run()
 
 
 def test_adaspecs_reference_of_heads_must_have_what_is_compared(train, tmp_path):
