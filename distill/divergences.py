@@ -107,19 +107,28 @@ def lk_lambda(target: Outcomes, draft: Outcomes, eta: float) -> tuple[Tensor, Te
     return share * divergence + (1 - share) * (1 - alpha), slope
 
 
-def greedy_acceptance(target: Outcomes, draft: Outcomes, sharpness: float) -> tuple[Tensor, Tensor]:
+def greedy_acceptance(
+    target: Outcomes, draft: Outcomes, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """-log Σ p q̂ with q̂ ∝ q^sharpness: a smooth p(argmax q), which a greedy draft is accepted with.
 
     As the sharpness grows q̂ becomes the drafter's likeliest token. The logarithm makes it train
-    from scratch: of Σ p q̂ itself the gradient is of the size of q̂, 1/V in the beginning; divided
-    by the sum it is sharpness·(1/V - p), forward KL's up to the scale. It ends elsewhere: at q̂ on
-    the target's likeliest tokens rather than at q = p. s = sharpness·(q̂ - p q̂ / Σ p q̂).
+    from q = 1/V: of Σ p q̂ itself the gradient is of the size of q̂; divided by the sum it is
+    sharpness·(1/V - p), forward KL's up to the scale. It ends elsewhere: at q̂ on the target's
+    likeliest tokens rather than at q = p. s = sharpness·(q̂ - p q̂ / Σ p q̂).
+
+    What pulls is p q̂, so a drafter that is sure of a wrong token is hardly told of the right one.
+    The third of the results says how sure beyond its merit it is: 1 - Σ p q̂ / Σ q q̂, [T], cut at
+    0; the denominator is what Σ p q̂ would be if the drafter were right about the target.
     """
     sharp = (draft.logprobs * sharpness).log_softmax(-1)
     joint = target.logprobs + sharp
     log_value = joint.logsumexp(-1, keepdim=True)
-    slope = sharp.exp_().sub_((joint - log_value).exp_()).mul_(sharpness)
-    return -log_value[:, 0], slope
+    slope = sharp.exp_()
+    believed = _dot(draft.probs, slope)
+    overrated = (1 - log_value[:, 0].exp() / believed).clamp_(min=0)
+    slope = slope.sub_((joint - log_value).exp_()).mul_(sharpness)
+    return -log_value[:, 0], slope, overrated
 
 
 def _log_mix(first: Outcomes, second: Outcomes, share: float) -> Tensor:

@@ -273,20 +273,38 @@ class Compared:
     def logit_gradient(self, slope: Tensor) -> Tensor:
         """The gradient of the drafter's logits [T, V] from that of its log-probabilities [T, O].
 
-        With ``log q = z - log Σ exp z`` it is ``s - q Σ s``; of what the tail gets each of its
-        tokens has its share q_j / q_tail. `slope` is overwritten.
+        With ``log q = z - log Σ exp z`` it is ``s - q Σ s``. `slope` is overwritten.
         """
         lumped = self.goal.lumped
-        if lumped is not None and self.outside is not None:  # what lacks a logit has no slope
+        if lumped is None:
+            return self.token_gradient(slope)
+        if self.outside is not None:  # what lacks a logit has no slope
             slope[:, :-1].masked_fill_(lumped.ids == self.token_probs.shape[-1] - 1, 0)
         total = slope.sum(-1, keepdim=True)
-        gradient = slope.addcmul_(self.draft.probs, total, value=-1)
-        if lumped is not None:
-            tail = self.draft.probs[:, -1:].clamp(min=torch.finfo(slope.dtype).tiny)
-            of_tokens = self.token_probs * (gradient[:, -1:] / tail)
-            gradient = of_tokens.scatter_(-1, lumped.ids, gradient[:, :-1])
-            if self.outside is not None:
-                gradient = gradient[:, :-1]
+        gradient = self.spread(slope.addcmul_(self.draft.probs, total, value=-1))
+        return self._of_logits(gradient)
+
+    def token_gradient(self, slope: Tensor) -> Tensor:
+        """The same from a slope by all tokens apart, [T, V]."""
+        total = slope.sum(-1, keepdim=True)
+        probs = self.token_probs[:, : slope.shape[-1]]
+        return self._of_logits(slope.addcmul_(probs, total, value=-1))
+
+    def spread(self, slope: Tensor) -> Tensor:
+        """What each token [T, V] has of a derivative by outcomes [T, O].
+
+        Of what the tail has each of its tokens has its share q_j / q_tail.
+        """
+        lumped = self.goal.lumped
+        if lumped is None:
+            return slope
+        tail = self.draft.probs[:, -1:].clamp(min=torch.finfo(slope.dtype).tiny)
+        of_tokens = self.token_probs * (slope[:, -1:] / tail)
+        of_tokens.scatter_(-1, lumped.ids, slope[:, :-1])
+        return of_tokens if self.outside is None else of_tokens[:, :-1]
+
+    def _of_logits(self, gradient: Tensor) -> Tensor:
+        """By the logits as they are, not divided by the temperature."""
         temperature = self.goal.temperature
         return gradient if temperature == 1 else gradient.div_(temperature)
 

@@ -91,13 +91,17 @@ class Pointwise:
         """The value [T] and its derivative [T, O] by the drafter's log-probabilities."""
         raise NotImplementedError
 
+    def logit_gradient(self, compared: Compared, slope: Tensor) -> Tensor:
+        """The gradient of the drafter's logits [T, V] from that derivative."""
+        return compared.logit_gradient(slope)
+
     def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Σ w D, and its derivatives."""
         values, gradients = [], []
         for compared, weight in zip(depths, weights, strict=True):
             value, slope = self.divergence(compared)
             values.append((value * weight).sum())
-            gradients.append(compared.logit_gradient(slope.mul_(weight[:, None])))
+            gradients.append(self.logit_gradient(compared, slope.mul_(weight[:, None])))
         return torch.stack(values).sum(), gradients
 
 
@@ -252,14 +256,17 @@ class LKLambda(Pointwise):
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyAcceptance(Pointwise):
-    """-log of a smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
+    """Of a smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
 
     vLLM drafts so by default: the draft is accepted with the probability that the target gives to
     the drafter's likeliest token, and how q spreads over the others is of no account.
 
+    ``λ KL(p || q) - (1 - λ) log Σ p q̂`` with q̂ ∝ q^sharpness; λ, a constant to the gradient, is by
+    how much the drafter overrates Σ p q̂ (`divergences.greedy_acceptance`): forward KL teaches those
+    who are sure of wrong tokens, as heads are that begin as the target's own.
+
     Attributes:
-        sharpness: the power of q that stands for its likeliest token; see
-            `divergences.greedy_acceptance`.
+        sharpness: the power of q that stands for its likeliest token.
     """
 
     sharpness: float = 2.0
@@ -270,13 +277,22 @@ class GreedyAcceptance(Pointwise):
         _check(sharpness=(self.sharpness, self.sharpness >= 1, ">= 1"))
 
     def divergence(self, compared: Compared) -> tuple[Tensor, Tensor]:
-        """-log Σ p q̂, its derivative by the log-probabilities of all tokens apart."""
-        apart = compared.apart()
-        return divergences.greedy_acceptance(apart.target, apart.draft, self.sharpness)
+        """The value, its derivative by the log-probabilities of all tokens apart.
 
-    def judge(self, depths: Sequence[Compared], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As of any other, token by token: the lumped tail does not tell Σ q^s."""
-        return Pointwise.judge(self, [compared.apart() for compared in depths], weights)
+        The lumped tail does not tell Σ q^s.
+        """
+        apart = compared.apart()
+        greedy, slope, share = divergences.greedy_acceptance(
+            apart.target, apart.draft, self.sharpness
+        )
+        divergence, of_outcomes = divergences.forward_kl(compared.target, compared.draft)
+        spread = compared.spread(of_outcomes)
+        slope = slope.mul_((1 - share)[:, None]).addcmul_(spread, share[:, None])
+        return share * divergence + (1 - share) * greedy, slope
+
+    def logit_gradient(self, compared: Compared, slope: Tensor) -> Tensor:
+        """From a slope by all tokens apart."""
+        return compared.token_gradient(slope)
 
 
 @dataclass(frozen=True, kw_only=True)

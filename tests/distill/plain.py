@@ -30,6 +30,15 @@ def lk_lambda(p, q, eta):
     return share * kl(p, q) + (1 - share) * (1 - alpha(p, q))
 
 
+def greedy_acceptance(p, q, sharpness, divergence=None):
+    """With a forward KL over fewer outcomes where one is given."""
+    sharp = sharpened(q, sharpness)
+    accepted = (p * sharp).sum(-1)
+    share = (1 - accepted / (q * sharp).sum(-1)).clamp(min=0).detach()
+    divergence = kl(p, q) if divergence is None else divergence
+    return share * divergence - (1 - share) * accepted.log()
+
+
 VALUES = {
     objectives.ForwardKL(): kl,
     objectives.ReverseKL(): lambda p, q: kl(q, p),
@@ -39,6 +48,6 @@ VALUES = {
     objectives.TotalVariation(): lambda p, q: (p - q).abs().sum(-1) / 2,
     objectives.LKAlpha(): lambda p, q: -alpha(p, q).log(),
     objectives.LKLambda(eta=3.0): lambda p, q: lk_lambda(p, q, 3.0),
-    objectives.GreedyAcceptance(sharpness=2.0): lambda p, q: -(p * sharpened(q, 2.0)).sum(-1).log(),
+    objectives.GreedyAcceptance(sharpness=2.0): lambda p, q: greedy_acceptance(p, q, 2.0),
 }
 POINTWISE = list(VALUES)

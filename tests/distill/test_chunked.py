@@ -409,19 +409,6 @@ def test_every_objective_is_learnt(objective, is_half):
     assert losses[-1].metrics[rate][0] > losses[0].metrics[rate][0]
 
 
-def test_sharper_says_more_of_the_likeliest_token():
-    """The surrogate of p(argmax q) comes to it."""
-    hidden, weight, _, labels, target = inputs()
-    aligned = one(States(hidden, Head(weight)), labels)
-    greedy = type(POINTWISE[-1])
-    terms = projected_loss(aligned, target, greedy(sharpness=200.0))
-    at_likeliest = target.law(slice(None)).logits.softmax(-1)[
-        torch.arange(TOKENS), (hidden @ weight.T).argmax(-1)
-    ]
-    assert terms.loss.item() == pytest.approx(-at_likeliest.log().sum().item(), abs=0.1)
-    assert terms.metrics["greedy_alpha"][0].item() == pytest.approx(at_likeliest.sum().item())
-
-
 MEMORY = """
 import os, resource, sys, torch
 sys.path[:0] = [{root!r}]

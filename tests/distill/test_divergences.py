@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from distill.divergences import forward_kl
+from distill import divergences
 from distill.laws import Compared, FullLaw, Goal, Outcomes, TopLaw
 from distill.objectives import GreedyAcceptance
-from tests.distill.plain import POINTWISE, VALUES
+from tests.distill.plain import POINTWISE, VALUES, greedy_acceptance, kl
 
 PLACES, VOCAB = 4, 7
 HAVE_AN_EDGE = {"TotalVariation", "LKAlpha", "LKLambda"}
@@ -38,7 +38,7 @@ def gradient_of(value, draft):
 
 def test_forward_kl_of_two_coins():
     coins = [torch.tensor([[p, 1 - p]]).log() for p in (0.5, 0.25)]
-    value, _ = forward_kl(*map(Outcomes.of, coins))
+    value, _ = divergences.forward_kl(*map(Outcomes.of, coins))
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
@@ -65,12 +65,24 @@ def test_over_a_stored_top_the_tail_is_one_outcome(objective):
     q = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
     p = torch.cat([law.logprobs.exp(), law.tail_mass[:, None]], -1)
     if isinstance(objective, GreedyAcceptance):  # no single token is known to have the tail
-        q = draft.softmax(-1)
-        p = torch.zeros_like(q).scatter(-1, law.ids, law.logprobs.exp())
-    plain = VALUES[objective](p, q)
+        tokens = draft.softmax(-1)
+        known = torch.zeros_like(tokens).scatter(-1, law.ids, law.logprobs.exp())
+        plain = greedy_acceptance(known, tokens, objective.sharpness, kl(p, q))
+    else:
+        plain = VALUES[objective](p, q)
     value, gradient = judged(objective, law, draft.detach())
     torch.testing.assert_close(value, plain.detach())
     torch.testing.assert_close(gradient, gradient_of(plain, draft))
+
+
+def test_greedy_acceptance_is_that_of_the_likeliest_token_as_q_is_sharpened():
+    target, draft = map(Outcomes.of, logits(5))
+    of_likeliest = target.probs.gather(-1, draft.probs.argmax(-1, keepdim=True))[:, 0]
+    value, _, overrated = divergences.greedy_acceptance(target, draft, sharpness=300.0)
+    torch.testing.assert_close(value, -of_likeliest.log(), atol=1e-9, rtol=0)
+    believed = draft.probs.amax(-1)
+    torch.testing.assert_close(overrated, (1 - of_likeliest / believed).clamp(min=0))
+    assert 0 < overrated.count_nonzero() < PLACES  # or one of the sides is not seen
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 2.0, 5.0])

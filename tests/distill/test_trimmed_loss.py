@@ -13,7 +13,7 @@ from distill.laws import Kept, TopLaw
 from distill.objectives import CrossEntropy, EndToEndTV, ForwardKL, GreedyAcceptance
 from distill.states import Head, States
 from tests.distill.differences import check_gradients
-from tests.distill.plain import POINTWISE, alpha, sharpened
+from tests.distill.plain import POINTWISE, alpha, greedy_acceptance
 from tests.distill.stored import Stored, check_bounds
 
 TOKENS, HIDDEN, VOCAB = 7, 4, 9
@@ -50,7 +50,7 @@ VALUES = {
     objectives.TotalVariation(): lambda p, q: (p - q).abs().sum(-1) / 2,
     objectives.LKAlpha(): lambda p, q: -alpha(p, q).log(),
     objectives.LKLambda(): lambda p, q: kept_lk_lambda(p, q, 3.0),
-    objectives.GreedyAcceptance(): lambda p, q: -(p * sharpened(q, 2.0)).sum(-1).log(),
+    objectives.GreedyAcceptance(): lambda p, q: greedy_acceptance(p, q, 2.0, kept_kl(p, q)),
 }
 
 
