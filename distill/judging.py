@@ -91,13 +91,14 @@ def _rates(compared: Compared) -> dict[str, Tensor]:
     both = torch.minimum(target, draft)
     if lumped is None:
         greedy = target.gather(-1, drafted)[:, 0]
-        agreed = (greedy == compared.goal.peak).to(greedy.dtype)
+    else:
+        greedy = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
+    agreed = (greedy == compared.goal.peak).to(greedy.dtype)
+    if lumped is None:
         return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
-    known = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
-    wanted = lumped.ids.gather(-1, lumped.logprobs.argmax(-1, keepdim=True))
     return {
         "alpha_lower": both[:, :-1].sum(-1),
         "alpha_upper": both.sum(-1),
-        "greedy_alpha_lower": known,
-        "top1_agreement": (wanted == drafted)[:, 0].to(known.dtype),
+        "greedy_alpha_lower": greedy,
+        "top1_agreement": agreed,
     }

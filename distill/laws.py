@@ -207,12 +207,14 @@ def _of_top(law: TopLaw, temperature: float, dtype: torch.dtype, kept: Kept | No
         law = replace(law, ids=kept.places[law.ids])
     tail_mass = law.tail_mass[:, None].clamp(min=0)  # 1 - Σ top, rounded, can lie below
     logprobs = torch.cat([law.logprobs, tail_mass.log()], -1).to(dtype).clamp_(min=FLOOR)
-    peak, outside = law.logprobs.amax(-1).exp().to(dtype), None
+    probs = logprobs.exp()
+    peak, outside = probs[:, :-1].amax(-1), None
     if kept is not None:
         is_outside = law.ids == len(kept.ids)
-        outside = (law.logprobs.exp() * is_outside).sum(-1).to(dtype)
+        outside = (probs[:, :-1] * is_outside).sum(-1)
         logprobs[:, :-1].masked_fill_(is_outside, FLOOR)
-    return Goal(Outcomes(logprobs, logprobs.exp()), temperature, peak, law, outside)
+        probs[:, :-1].masked_fill_(is_outside, 0)
+    return Goal(Outcomes(logprobs, probs), temperature, peak, law, outside)
 
 
 @dataclass(frozen=True, slots=True)
