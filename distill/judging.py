@@ -91,14 +91,12 @@ def _rates(compared: Compared) -> dict[str, Tensor]:
     both = torch.minimum(target, draft)
     if lumped is None:
         greedy = target.gather(-1, drafted)[:, 0]
+        rates = {"alpha": both.sum(-1), "greedy_alpha": greedy}
     else:
         greedy = (target[:, :-1] * (lumped.ids == drafted)).sum(-1)
-    agreed = (greedy == compared.goal.peak).to(greedy.dtype)
-    if lumped is None:
-        return {"alpha": both.sum(-1), "greedy_alpha": greedy, "top1_agreement": agreed}
-    return {
-        "alpha_lower": both[:, :-1].sum(-1),
-        "alpha_upper": both.sum(-1),
-        "greedy_alpha_lower": greedy,
-        "top1_agreement": agreed,
-    }
+        rates = {
+            "alpha_lower": both[:, :-1].sum(-1),
+            "alpha_upper": both.sum(-1),
+            "greedy_alpha_lower": greedy,
+        }
+    return rates | {"top1_agreement": (greedy == compared.goal.peak).to(greedy.dtype)}

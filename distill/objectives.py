@@ -256,7 +256,7 @@ class LKLambda(Pointwise):
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyAcceptance(Pointwise):
-    """Of a smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
+    """A smooth p(argmax q): for servers whose drafter is greedy and whose target samples.
 
     vLLM drafts so by default: the draft is accepted with the probability that the target gives to
     the drafter's likeliest token, and how q spreads over the others is of no account.

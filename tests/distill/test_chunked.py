@@ -409,6 +409,15 @@ def test_every_objective_is_learnt(objective, is_half):
     assert losses[-1].metrics[rate][0] > losses[0].metrics[rate][0]
 
 
+def test_the_greedy_rate_is_what_the_target_gives_to_the_likeliest_token():
+    hidden, weight, _, labels, target = inputs()
+    terms = projected_loss(one(States(hidden, Head(weight)), labels), target, POINTWISE[-1])
+    at_likeliest = target.law(slice(None)).logits.softmax(-1)[
+        torch.arange(TOKENS), (hidden @ weight.T).argmax(-1)
+    ]
+    assert terms.metrics["greedy_alpha"][0].item() == pytest.approx(at_likeliest.sum().item())
+
+
 MEMORY = """
 import os, resource, sys, torch
 sys.path[:0] = [{root!r}]
